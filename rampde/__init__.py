@@ -1,0 +1,10 @@
+"""rampde: mixed-precision neural-ODE solvers for PyTorch."""
+
+from rampde.methods import METHODS, register_method
+from rampde.odeint import odeint
+from rampde.scaling import DynamicScaler
+from rampde.tableau import ButcherTableau
+
+__version__ = "0.1.0"
+
+__all__ = ["METHODS", "ButcherTableau", "DynamicScaler", "__version__", "odeint", "register_method"]

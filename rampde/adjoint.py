@@ -1,0 +1,304 @@
+"""The road back: the discrete adjoint, swept over the steps in reverse."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rampde import scaling
+from rampde.checkpoint import Checkpoints
+from rampde.grid import Slices, stage_times
+from rampde.ops import accumulate_gradients, adjoint_stage, adjoint_update, update_scale
+from rampde.problem import Problem, Stage
+from rampde.state import accumulation_dtype
+from rampde.velocity import vector_jacobian_product
+
+Gradients = list[Tensor | None]
+
+
+class Sweep:
+    """One sweep of the discrete adjoint.
+
+    With ``lam`` the gradient of the loss with respect to the state at the end of a step, the stages i = s .. 1 give
+
+    ``w_i = b_i lam + sum_{j>i} a_ji g_j``,  ``g_i = h VJP_y(f, X_i)[w_i]``,  ``theta += h VJP_theta(f, X_i)[w_i]``
+
+    and ``lam + sum_i g_i`` is the gradient at its start (Hager, Numer. Math. 87, 2000; scaled as in
+    arXiv 2510.23498). ``h`` stays outside the cotangents, which are rounded to the velocity's dtype.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        points: Tensor,
+        checkpoints: Checkpoints,
+        captures: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        retain_graph: bool,
+    ) -> None:
+        """``points``: (N + 1,) grid points; ``captures``: tensors f uses; ``cotangents``: the loss gradient with
+        respect to the result of :func:`rampde.forward.integrate`, leaf by leaf, None for zero."""
+        self.problem = problem
+        self.points = points
+        self.checkpoints = checkpoints
+        self.captures = captures
+        self.retain_graph = retain_graph
+        self.scaler = problem.scaler
+        self.device = points.device
+        self.cotangents = [self._by_grid_point(leaf) for leaf in cotangents]
+        self.incoming = [leaf for leaf in cotangents if leaf is not None]
+        h, times = stage_times(
+            points, problem.tableau.nodes, problem.velocity.spec.time_dtype, problem.perturb
+        )
+        self.h, self.times = Slices(h), Slices(times.flatten())
+        self.totals: Gradients = [None] * len(captures)
+        self.time_gradients: list[tuple[Tensor, Tensor] | None] = [None] * (points.shape[0] - 1)
+        self.scale_state = None if self.scaler is None else self.scaler.new_state(points.device)
+
+    def _by_grid_point(self, cotangent: Tensor | None) -> dict[int, Tensor]:
+        if cotangent is None:
+            return {}
+        return dict(zip(self.problem.kept, cotangent.unbind(0), strict=True))
+
+    def run(self, y0: Sequence[Tensor]) -> tuple[Gradients, Tensor | None, Gradients]:
+        """Gradients with respect to the leaves ``y0`` (in the state's dtype), the grid points and the captures."""
+        steps = len(self.h)
+        adjoint = [
+            torch.zeros_like(leaf, dtype=spec.state_dtype)
+            for leaf, spec in zip(y0, self.problem.velocity.spec.leaves, strict=True)
+        ]
+        self._add_cotangents(adjoint, steps)
+        if self.scaler is None:
+            for step in reversed(range(steps)):
+                self._sweep_step(step, adjoint, adjoint)
+        else:
+            adjoint = self._run_scaled(adjoint)
+        return self._results(adjoint)
+
+    def _add_cotangents(self, adjoint: list[Tensor], point: int) -> None:
+        zero = self.points.new_zeros(())
+        for leaf, lam in enumerate(adjoint):
+            adjoint_update(lam, [], zero, self.cotangents[leaf].get(point), lam, self.scale_state)
+
+    def _run_scaled(self, adjoint: list[Tensor]) -> list[Tensor]:
+        """The sweep under dynamic scaling; reads the device twice where no step overflows."""
+        assert self.scaler is not None and self.scale_state is not None
+        scaler, state = self.scaler, self.scale_state
+        self._decide([], steps=0)
+        buffers = (adjoint, [torch.empty_like(lam) for lam in adjoint])
+        steps = len(self.h)
+        attempts = 0
+        committed = 0
+        while True:
+            for swept in range(committed, steps):
+                self._sweep_step(steps - 1 - swept, buffers[swept % 2], buffers[(swept + 1) % 2])
+                # a scale that is too large overflows at once, mostly: one look here saves a futile sweep
+                if swept == committed and self._overflowed():
+                    break
+            values = state.tolist()
+            committed = int(values[scaling.COMMITTED_STEPS])
+            if attempts == 0:
+                self._note_start(values)
+            if not values[scaling.OVERFLOWED]:
+                break
+            attempts += 1
+            scaler.note("overflow", values[scaling.SCALE] * scaler.decrease_factor)
+            if attempts > scaler.max_attempts or not self._incoming_is_finite():
+                self._give_up(steps - 1 - committed, attempts)
+                return [torch.full_like(lam, math.inf) for lam in adjoint]
+            # the scale state is the host's again until the sweep goes on
+            state[scaling.SCALE] *= scaler.decrease_factor
+            state[scaling.OVERFLOWED] = 0.0
+            state[scaling.MAXIMUM] = 0.0
+        scaler.headroom = values[scaling.HEADROOM]
+        for _ in range(int(values[scaling.INCREASED])):
+            scaler.note("increase", values[scaling.SCALE])
+        return buffers[steps % 2]
+
+    def _overflowed(self) -> bool:
+        assert self.scale_state is not None
+        return bool(self.scale_state[scaling.OVERFLOWED].item())
+
+    def _incoming_is_finite(self) -> bool:
+        return all(bool(torch.isfinite(leaf).all()) for leaf in self.incoming)
+
+    def _note_start(self, values: list[float]) -> None:
+        assert self.scaler is not None
+        self.scaler.S = values[scaling.SCALE_OF_STEP] or values[scaling.SCALE]
+        self.scaler.note("init", self.scaler.S)
+
+    def _give_up(self, step: int, attempts: int) -> None:
+        """No scale makes the step finite: gradients become infinite, which a ``GradScaler`` skips, or an error."""
+        assert self.scaler is not None
+        self.totals = [torch.full_like(capture, math.inf) for capture in self.captures]
+        self.time_gradients = [None] * len(self.h)
+        if attempts <= self.scaler.max_attempts:
+            return  # the loss gradient itself was not finite, which is the caller's to know
+        message = (
+            f"reached the maximum number of {self.scaler.max_attempts} attempts at step {step} of {len(self.h)},"
+            f" t = {self.problem.grid.times[step]:.6g}: the vector-Jacobian product of func is not finite at any"
+            " scale of its cotangent; use bfloat16 or look for NaN in func"
+        )
+        if self.problem.scaler_given:
+            raise RuntimeError(message)
+        warnings.warn(message + "; all gradients are set to inf", RuntimeWarning, stacklevel=2)
+
+    def _decide(self, gradients: Gradients, steps: int) -> None:
+        scaler = self.scaler
+        assert scaler is not None and self.scale_state is not None
+        target = scaler.target / math.sqrt(self.problem.velocity.spec.elements_per_sample)
+        update_scale(
+            self.scale_state,
+            gradients,
+            target,
+            scaler.decrease_factor,
+            scaler.increase_factor,
+            scaling.INCREASE_INTERVAL,
+            scaler.delta,
+            steps,
+        )
+
+    def _sweep_step(self, step: int, adjoint: list[Tensor], adjoint_next: list[Tensor]) -> None:
+        """Takes ``adjoint`` from the end of ``step`` to its start."""
+        problem, tableau = self.problem, self.problem.tableau
+        h = self.h[step]
+        times = [self.times[i] for i in range(step * tableau.stages, (step + 1) * tableau.stages)]
+        stages: list[Stage | None] = [*self.checkpoints.load(step, h, times)]
+        if not self.retain_graph:
+            self.checkpoints.release(step)
+        vjps: list[list[Tensor | None]] = [[None] * len(stages) for _ in problem.leaves]
+        gradients: Gradients = []
+        time_gradient = _TimeGradient(self, step) if problem.time_needs_grad else None
+        count = len(problem.leaves)
+        for i in reversed(range(len(stages))):
+            stage = stages[i]
+            assert stage is not None
+            stages[i] = None  # the graph of the stage goes as soon as its product is taken
+            cotangents = self._stage_cotangents(i, stage, adjoint, vjps, h)
+            if cotangents is None:
+                continue
+            inputs = [*stage.x, stage.time] if time_gradient is not None else stage.x
+            if time_gradient is not None:
+                time_gradient.add_velocity(stage.k, cotangents)
+            products = vector_jacobian_product(
+                stage.k, [*inputs, *self.captures], cotangents, self.retain_graph
+            )
+            for leaf in problem.leaves:
+                vjps[leaf][i] = products[leaf]
+            if time_gradient is not None:
+                time_gradient.add_time(products[count], tableau.nodes[i])
+            gradients.extend(products[len(inputs) :])
+        for leaf, lam in enumerate(adjoint):
+            present = [vjp for vjp in vjps[leaf] if vjp is not None]
+            cotangent = self.cotangents[leaf].get(step)
+            adjoint_update(lam, present, h, cotangent, adjoint_next[leaf], self.scale_state)
+        if self.scale_state is not None:
+            self._decide(gradients, steps=1)
+        if gradients:
+            self._accumulate(gradients, h)
+        if time_gradient is not None:
+            self.time_gradients[step] = time_gradient.ends()
+
+    def _stage_cotangents(
+        self, i: int, stage: Stage, adjoint: list[Tensor], vjps: list[list[Tensor | None]], h: Tensor
+    ) -> list[Tensor | None] | None:
+        """``S w_i`` for each leaf; None when no later result depends on the stage."""
+        tableau = self.problem.tableau
+        later = tableau.stage_cotangents[i]
+        b = tableau.update_weights[i]
+        if b == 0.0 and not later.stages:
+            return None
+        cotangents: list[Tensor | None] = []
+        for leaf, lam in enumerate(adjoint):
+            k = stage.k[leaf]
+            if not k.requires_grad and not self.problem.time_needs_grad:
+                cotangents.append(None)
+                continue
+            present, weights = [vjps[leaf][j] for j in later.stages], later.weights
+            if None in present:
+                pairs = [(vjp, a) for vjp, a in zip(present, weights, strict=True) if vjp is not None]
+                present, weights = [vjp for vjp, _ in pairs], [a for _, a in pairs]
+            cotangents.append(adjoint_stage(lam, present, h, b, weights, k.dtype, self.scale_state))
+        return cotangents
+
+    def _accumulate(self, gradients: Gradients, h: Tensor) -> None:
+        """Adds the captures' gradients of all stages of a step, in the accumulation dtype."""
+        count = len(self.captures)
+        if any(capture.is_complex() for capture in self.captures):
+            gradients = [
+                torch.view_as_real(g.resolve_conj()) if g is not None and g.is_complex() else g for g in gradients
+            ]
+        if None not in self.totals:
+            accumulate_gradients(self.totals, gradients, h, self.scale_state)
+            return
+        for index, gradient in enumerate(gradients):
+            capture = index % count
+            if gradient is not None and self.totals[capture] is None:
+                # in the layout of the gradient, which is often that of the transposed parameter
+                dtype = accumulation_dtype(self.captures[capture].dtype)
+                self.totals[capture] = torch.zeros_like(gradient, dtype=dtype)
+        used = [c for c in range(count) if self.totals[c] is not None]
+        if not used:
+            return
+        present = [gradients[start + c] for start in range(0, len(gradients), count) for c in used]
+        accumulate_gradients([self.totals[c] for c in used], present, h, self.scale_state)
+
+    def _results(self, adjoint: list[Tensor]) -> tuple[Gradients, Tensor | None, Gradients]:
+        points = _points_gradient(self.points, self.time_gradients) if self.problem.time_needs_grad else None
+        totals: Gradients = []
+        for capture, total in zip(self.captures, self.totals, strict=True):
+            if total is not None and capture.is_complex() and not total.is_complex():
+                total = torch.view_as_complex(total.contiguous())
+            totals.append(total)
+        gradients: Gradients = [*adjoint]
+        if self.problem.poison:
+            present = [g for g in (*gradients, *totals) if g is not None]
+            finite = torch.stack([torch.isfinite(g).all() for g in present]).all()
+            gradients = [None if g is None else torch.where(finite, g, math.inf) for g in gradients]
+            totals = [None if g is None else torch.where(finite, g, math.inf) for g in totals]
+        return gradients, points, totals
+
+
+class _TimeGradient:
+    """Gradient of one step with respect to its two ends.
+
+    ``dL/dh = sum_i <k_i, w_i>`` at fixed stage times, and each stage time is ``(1 - c_i) start + c_i end``.
+    """
+
+    def __init__(self, sweep: Sweep, step: int) -> None:
+        self.scale = None if sweep.scale_state is None else sweep.scale_state[scaling.SCALE].clone()
+        self.h = sweep.h[step]
+        self.dtype = self.h.dtype
+        self.start = torch.zeros_like(self.h)
+        self.end = torch.zeros_like(self.h)
+
+    def add_velocity(self, k: list[Tensor], cotangents: list[Tensor | None]) -> None:
+        for velocity, cotangent in zip(k, cotangents, strict=True):
+            assert cotangent is not None
+            product = (velocity.detach().to(self.dtype) * cotangent).sum()
+            self.end += product
+            self.start -= product
+
+    def add_time(self, gradient: Tensor | None, node: float) -> None:
+        if gradient is not None:
+            product = self.h * gradient.to(self.dtype)
+            self.end += node * product
+            self.start += (1.0 - node) * product
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        if self.scale is None:
+            return self.start, self.end
+        return self.start / self.scale, self.end / self.scale
+
+
+def _points_gradient(points: Tensor, steps: list[tuple[Tensor, Tensor] | None]) -> Tensor:
+    total = torch.zeros_like(points)
+    for step, ends in enumerate(steps):
+        if ends is not None:
+            total[step] += ends[0]
+            total[step + 1] += ends[1]
+    return total

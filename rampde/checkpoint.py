@@ -1,0 +1,104 @@
+"""Checkpoint policies: what of a step is kept, and how its stage graphs come back for the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from rampde.problem import Problem, Stage
+from rampde.randomness import RandomState
+from rampde.stages import evaluate_stages
+
+POLICIES = ("step", "none", "tape")
+
+
+class Checkpoints(Protocol):
+    """What a policy does on the road out and on the road back."""
+
+    needs_graph: bool
+
+    def store(self, x: list[Tensor], stages: list[Stage], random: RandomState | None) -> None:
+        """Keeps what the policy wants of a step; ``x`` is the rounded state at its start."""
+
+    def tensors(self) -> list[Tensor]:
+        """What is to be saved for the backward pass by autograd, which may offload or check it."""
+
+    def restore(self, tensors: Sequence[Tensor]) -> None:
+        """Takes back what ``tensors`` gave."""
+
+    def load(self, step: int, h: Tensor, times: list[Tensor]) -> list[Stage]:
+        """The stages of a step with their graphs; a later call for the same step gives them again."""
+
+    def release(self, step: int) -> None:
+        """Frees what is kept of a step that will not be loaded again."""
+
+
+class KeptGraphs:
+    """Policy "none": every stage's graph from the forward solve; nothing is evaluated again."""
+
+    needs_graph = True
+
+    def __init__(self) -> None:
+        self.steps: list[list[Stage]] = []
+
+    def store(self, x: list[Tensor], stages: list[Stage], random: RandomState | None) -> None:
+        self.steps.append(stages)
+
+    def load(self, step: int, h: Tensor, times: list[Tensor]) -> list[Stage]:
+        return list(self.steps[step])
+
+    def tensors(self) -> list[Tensor]:
+        return []  # the graphs save their own
+
+    def restore(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def release(self, step: int) -> None:
+        self.steps[step] = []
+
+
+class StepStates:
+    """Policy "step": the rounded state at the start of each step; its stages are evaluated again."""
+
+    needs_graph = False
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.states: list[list[Tensor]] = []
+        self.random: list[RandomState | None] = []
+
+    def store(self, x: list[Tensor], stages: list[Stage], random: RandomState | None) -> None:
+        self.states.append(x)
+        self.random.append(random)
+
+    def tensors(self) -> list[Tensor]:
+        tensors = [leaf for state in self.states for leaf in state]
+        self.states = []
+        return tensors
+
+    def restore(self, tensors: Sequence[Tensor]) -> None:
+        leaves = len(self.problem.leaves)
+        self.states = [list(tensors[i : i + leaves]) for i in range(0, len(tensors), leaves)]
+
+    def release(self, step: int) -> None:
+        pass  # autograd holds the states until the backward pass is over
+
+    def load(self, step: int, h: Tensor, times: list[Tensor]) -> list[Stage]:
+        random = self.random[step]
+        if random is not None:
+            random.restore()
+        y = self.states[step]
+        # an alias: becoming a leaf of the graph must not show on the checkpoint
+        x = [leaf.detach() for leaf in y]
+        if self.problem.time_needs_grad:
+            times = [time.detach().requires_grad_() for time in times]
+        return evaluate_stages(self.problem, y, x, h, times, with_graph=True)
+
+
+def new_checkpoints(problem: Problem) -> Checkpoints:
+    """The policy that ``problem.checkpoint`` names."""
+    return KeptGraphs() if problem.checkpoint == "none" else StepStates(problem)
+
+

@@ -1,0 +1,227 @@
+"""The ``rampde::`` operators in plain ATen: the oracle of every kernel, and the fallback of every device.
+
+Each function says in a few lines what an operator means. It is registered under
+``CompositeExplicitAutograd``, so it also serves as the fake (meta) kernel and runs wherever no compiled
+kernel exists: MPS, XPU, an install without a compiler.
+
+Conventions shared by all operators:
+
+==================  ===========================  ======================================================
+name                shape, dtype                 meaning
+==================  ===========================  ======================================================
+``y``, ``adjoint``  any dense, floating          state, and gradient of the loss with respect to it
+``k``               as ``y``, any floating       velocities ``f(t, y)`` of the stages
+``vjps``            as ``y``, any floating       vector-Jacobian products of the stages, times the scale
+``h``               0-dim, float64 or float32    step size, negative in reverse time, on ``y``'s device
+``scale_state``     (9,), float32                state of the loss scale, see :mod:`rampde.scaling`
+==================  ===========================  ======================================================
+
+Sums are formed in ``accumulation_dtype``: float64 for a float64 operand ``y``, else float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rampde.scaling import (
+    CLEAN_STEPS,
+    COMMITTED_STEPS,
+    FINITE,
+    HEADROOM,
+    INCREASED,
+    MAXIMUM,
+    OVERFLOWED,
+    SCALE,
+    SCALE_OF_STEP,
+)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums with a term of ``dtype`` are formed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _combine(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """``base + sum_j factors[j] * terms[j]``, a new tensor in the accumulation dtype and layout of ``base``."""
+    total = torch.empty_like(base, dtype=accumulation_dtype(base.dtype)).copy_(base)
+    for term, factor in zip(terms, factors, strict=True):
+        total.add_(term.to(total.dtype) * factor.to(total.dtype))
+    return total
+
+
+def _weights(h: Tensor, coefficients: Sequence[float]) -> list[Tensor]:
+    return [h * coefficient for coefficient in coefficients]
+
+
+def _used(terms: Sequence[Tensor], coefficients: Sequence[float]) -> tuple[list[Tensor], list[float]]:
+    """Drops the terms whose coefficient is zero: they are not read, so a NaN in them does not spread."""
+    kept = [(term, c) for term, c in zip(terms, coefficients, strict=True) if c != 0.0]
+    return [term for term, _ in kept], [c for _, c in kept]
+
+
+def rk_stage(y: Tensor, k: Sequence[Tensor], h: Tensor, a: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Input of a Runge-Kutta stage: ``X_i = round(y + h * sum_j a_ij k_j)`` in ``dtype``."""
+    k, a = _used(k, a)
+    return _combine(y, k, _weights(h, a)).to(dtype)
+
+
+def rk_update(
+    y: Tensor,
+    k: Sequence[Tensor],
+    h: Tensor,
+    b: Sequence[float],
+    y_next: Tensor,
+    checkpoint: Tensor | None = None,
+    compensation: Tensor | None = None,
+    overflow_step: Tensor | None = None,
+    step: int = 0,
+) -> None:
+    """End of a step: ``y_next = y + h * sum_i b_i k_i``; ``y_next`` may be ``y`` itself.
+
+    ``checkpoint``, when given, receives ``y_next`` rounded to its own dtype. ``compensation`` carries the
+    rounding error of the running sum from step to step (Kahan summation with Knuth's exact two-sum, TAOCP 2,
+    4.2.2, theorem B). ``overflow_step``, a 0-dim int64, becomes ``min(overflow_step, step)`` when any element
+    of ``y_next``, or of ``checkpoint``, is not finite.
+    """
+    k, b = _used(k, b)
+    weights = _weights(h, b)
+    if compensation is None:
+        total = _combine(y, k, weights)
+    else:
+        increment = _combine(compensation, k, weights)
+        base = y.to(increment.dtype)
+        total = base + increment
+        shifted = total - base
+        compensation.copy_((base - (total - shifted)) + (increment - shifted))
+    y_next.copy_(total)
+    if checkpoint is not None:
+        checkpoint.copy_(total)
+    if overflow_step is not None:
+        finite = torch.isfinite(y_next if checkpoint is None else checkpoint).all()
+        overflow_step.copy_(torch.where(finite, overflow_step, overflow_step.clamp(max=step)))
+
+
+def adjoint_stage(
+    adjoint: Tensor,
+    vjps: Sequence[Tensor],
+    h: Tensor,
+    b: float,
+    a: Sequence[float],
+    dtype: torch.dtype,
+    scale_state: Tensor | None = None,
+) -> Tensor:
+    """Cotangent of a stage's velocity: ``round(S * b_i * adjoint + h * sum_j a_ji vjps_j)`` in ``dtype``.
+
+    ``vjps_j`` carries the scale ``S`` already, and ``S`` is a power of two: the sum is ``S * w_i`` of the
+    discrete adjoint exactly. ``h`` itself stays outside the cotangent. ``adjoint`` is not read when ``b`` is 0.
+    """
+    vjps, a = _used(vjps, a)
+    scaled = torch.zeros_like(adjoint)
+    if b != 0.0:
+        factor = h.new_full((), b) if scale_state is None else b * scale_state[SCALE].to(h.dtype)
+        scaled = _combine(scaled, [adjoint], [factor])
+    return _combine(scaled, vjps, _weights(h, a)).to(dtype)
+
+
+def adjoint_update(
+    adjoint: Tensor,
+    vjps: Sequence[Tensor],
+    h: Tensor,
+    cotangent: Tensor | None,
+    adjoint_next: Tensor,
+    scale_state: Tensor | None = None,
+) -> None:
+    """End of a step backwards: ``adjoint_next = adjoint + h / S * sum_i vjps_i + cotangent``.
+
+    ``cotangent`` is the loss gradient with respect to an output at this point of the grid. Without
+    ``scale_state`` ``S`` is 1 and ``adjoint_next`` may be ``adjoint`` itself. With it, ``max|adjoint_next|``
+    and whether all of it is finite are gathered there; after an overflow nothing is written.
+    """
+    factor = h if scale_state is None else h / scale_state[SCALE].to(h.dtype)
+    total = _combine(adjoint, vjps, [factor] * len(vjps))
+    if cotangent is not None:
+        total.add_(cotangent)
+    if scale_state is None:
+        adjoint_next.copy_(total)
+        return
+    running = scale_state[OVERFLOWED] == 0
+    adjoint_next.copy_(torch.where(running, total, adjoint_next))
+    if total.numel() == 0:
+        return
+    largest = total.abs().amax()
+    finite = torch.isfinite(largest)
+    # a non-finite maximum would say nothing: the flag says it instead
+    maximum = torch.maximum(scale_state[MAXIMUM], torch.where(finite, largest, 0.0).to(torch.float32))
+    scale_state[MAXIMUM] = torch.where(running, maximum, scale_state[MAXIMUM])
+    scale_state[FINITE] = torch.where(running & ~finite, 0.0, scale_state[FINITE])
+
+
+def update_scale(
+    scale_state: Tensor,
+    gradients: Sequence[Tensor | None],
+    target: float,
+    decrease_factor: float,
+    increase_factor: float,
+    increase_interval: int,
+    delta: float,
+    steps: int,
+) -> None:
+    """Decides on the device whether the step just swept counts, and sets the scale of the next one.
+
+    The step counts when the adjoint and all ``gradients`` are finite: then ``SCALE_OF_STEP = S``,
+    ``COMMITTED_STEPS += steps`` and ``S = HEADROOM * 2^floor(log2(target / (max|adjoint| + delta)))``,
+    unchanged where the adjoint is zero. Otherwise ``OVERFLOWED`` is set, ``SCALE_OF_STEP = 0`` (so that nothing is
+    accumulated) and ``HEADROOM *= decrease_factor``. After ``increase_interval`` clean steps ``HEADROOM`` grows by
+    ``increase_factor`` up to 1. Once ``OVERFLOWED`` is set nothing changes but ``SCALE_OF_STEP = 0``.
+    """
+    old = scale_state.clone()
+    running = old[OVERFLOWED] == 0
+    finite = old[FINITE] != 0
+    for gradient in gradients:
+        if gradient is not None:
+            finite = finite & torch.isfinite(gradient).all()
+    clean = running & finite
+
+    clean_steps = torch.where(clean, old[CLEAN_STEPS] + steps, 0.0)
+    grows = clean & (clean_steps >= increase_interval) & (old[HEADROOM] < 1)
+    headroom = torch.where(grows, (old[HEADROOM] * increase_factor).clamp(max=1.0), old[HEADROOM])
+    headroom = torch.where(running & ~finite, old[HEADROOM] * decrease_factor, headroom)
+    # frexp is exact where log2 rounds: m * 2^e with m in [1/2, 1) has floor(log2) = e - 1
+    exponent = torch.frexp(target / (old[MAXIMUM] + delta)).exponent - 1
+    scale = headroom * torch.ldexp(torch.ones_like(headroom), exponent.clamp(-96, 96))
+    scale = torch.where(old[MAXIMUM] > 0, scale, old[SCALE])
+
+    scale_state[SCALE_OF_STEP] = torch.where(clean, old[SCALE], 0.0)
+    scale_state[SCALE] = torch.where(clean, scale, old[SCALE])
+    scale_state[HEADROOM] = torch.where(running, headroom, old[HEADROOM])
+    scale_state[CLEAN_STEPS] = torch.where(running, torch.where(grows, 0.0, clean_steps), old[CLEAN_STEPS])
+    scale_state[COMMITTED_STEPS] = old[COMMITTED_STEPS] + torch.where(clean, float(steps), 0.0)
+    scale_state[INCREASED] = old[INCREASED] + torch.where(grows, 1.0, 0.0)
+    scale_state[OVERFLOWED] = torch.where(clean, 0.0, 1.0)
+    scale_state[MAXIMUM] = torch.where(running, 0.0, old[MAXIMUM])
+    scale_state[FINITE] = torch.where(running, 1.0, old[FINITE])
+
+
+def accumulate_gradients(
+    totals: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    h: Tensor,
+    scale_state: Tensor | None = None,
+) -> None:
+    """``totals[p] += h / S * sum_i gradients[i * len(totals) + p]`` for every parameter ``p`` at once.
+
+    ``gradients`` holds the parameters' gradients stage after stage; an absent one (None) is zero. With a
+    ``scale_state``, ``S`` is ``SCALE_OF_STEP``; where that is 0, the step overflowed and nothing is added.
+    """
+    count = len(totals)
+    for index, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        total = totals[index % count]
+        if scale_state is None:
+            total.add_(gradient.to(total.dtype) * h.to(total.dtype))
+            continue
+        scale = scale_state[SCALE_OF_STEP].to(h.dtype)
+        added = total + gradient.to(total.dtype) * (h / scale).to(total.dtype)
+        total.copy_(torch.where(scale != 0, added, total))

@@ -1,0 +1,140 @@
+"""The road out: integrates the state over the grid."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from rampde.checkpoint import Checkpoints
+from rampde.grid import unbound
+from rampde.ops import rk_update
+from rampde.problem import Problem
+from rampde.randomness import RandomState
+from rampde.stages import evaluate_stages
+
+
+def integrate(
+    problem: Problem, y0: list[Tensor], h_all: Tensor, times_all: Tensor, checkpoints: Checkpoints | None
+) -> list[Tensor]:
+    """States at the grid points ``problem.kept``: for each leaf (len(kept), *shape) in its output dtype.
+
+    Args:
+        problem: the solve; its ``first`` stage is used, not evaluated again.
+        y0: real, dense leaves.
+        h_all: (N,) step sizes.
+        times_all: (N, s) times of the stages.
+        checkpoints: where gradients are wanted, keeps of every step what the sweep will need.
+    """
+    velocity, tableau = problem.velocity, problem.tableau
+    steps = h_all.shape[0]
+    h_of_step, time_of_stage = unbound(h_all), unbound(times_all.flatten())
+    state_dtypes = [leaf.state_dtype for leaf in velocity.spec.leaves]
+    # the rounded state is a tensor of its own where it differs from the state, or must outlive the step
+    rounded = [
+        checkpoints is not None or dtype != state
+        for dtype, state in zip(velocity.dtypes, state_dtypes, strict=True)
+    ]
+    with_graph = checkpoints is not None and checkpoints.needs_graph
+    overflow_step = torch.full((), steps, dtype=torch.int64, device=h_all.device) if velocity.half else None
+    update = tableau.update
+
+    y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
+    x = y if problem.first is None else problem.first.x
+    compensation = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
+    outputs = _Outputs(problem, y)
+
+    for step in range(steps):
+        h = next(h_of_step)
+        times = [next(time_of_stage) for _ in range(tableau.stages)]
+        if with_graph and problem.time_needs_grad:
+            times = [time.detach().requires_grad_() for time in times]
+        first = problem.first if step == 0 else None
+        random = problem.random
+        if random is not None and step > 0 and checkpoints is not None:
+            random = RandomState.current(velocity.spec.device)
+        stages = evaluate_stages(problem, y, x, h, times, with_graph, first)
+        if checkpoints is not None:
+            checkpoints.store(x, stages, random)
+
+        y_next = outputs.next_state(step + 1, y)
+        x = [
+            torch.empty_like(state, dtype=dtype) if separate else state
+            for state, dtype, separate in zip(y_next, velocity.dtypes, rounded, strict=True)
+        ]
+        for leaf in problem.leaves:
+            rk_update(
+                y[leaf],
+                [stages[i].k[leaf] for i in update.stages],
+                h,
+                update.weights,
+                y_next[leaf],
+                x[leaf] if rounded[leaf] else None,
+                compensation[leaf],
+                overflow_step,
+                step,
+            )
+        y = y_next
+        outputs.keep(y)
+
+    if overflow_step is not None:
+        _warn_of_overflow(problem, int(overflow_step.item()))
+    return outputs.leaves
+
+
+class _Outputs:
+    """The result, written by the step update itself wherever the dtypes allow."""
+
+    def __init__(self, problem: Problem, y: list[Tensor]) -> None:
+        self.kept = problem.kept
+        self.position = 0
+        # each state lies in the result with the strides of y0, so that it can be the target of the update
+        self.leaves = [
+            torch.empty_strided(
+                (len(self.kept), *leaf.shape), (leaf.numel(), *leaf.stride()), dtype=dtype, device=leaf.device
+            )
+            for leaf, dtype in zip(y, problem.output_dtypes, strict=True)
+        ]
+        self.direct = [leaf.dtype == dtype for leaf, dtype in zip(y, problem.output_dtypes, strict=True)]
+        self.slots_of_leaf = [unbound(leaf) for leaf in self.leaves]
+        self.slots: list[Tensor] | None = None
+        for slot, leaf in zip(self._take(0) or [], y, strict=False):
+            slot.copy_(leaf)
+
+    def _take(self, index: int) -> list[Tensor] | None:
+        if self.position == len(self.kept) or self.kept[self.position] != index:
+            return None
+        self.position += 1
+        return [next(slots) for slots in self.slots_of_leaf]
+
+    def next_state(self, index: int, y: list[Tensor]) -> list[Tensor]:
+        """Where the state at grid point ``index`` is to be written."""
+        self.slots = self._take(index)
+        if self.slots is None:
+            return [torch.empty_like(leaf) for leaf in y]
+        return [
+            slot if direct else torch.empty_like(leaf)
+            for slot, direct, leaf in zip(self.slots, self.direct, y, strict=True)
+        ]
+
+    def keep(self, y: list[Tensor]) -> None:
+        """Completes the result after the update has written ``y``."""
+        if self.slots is None:
+            return
+        for slot, direct, leaf in zip(self.slots, self.direct, y, strict=True):
+            if not direct:
+                slot.copy_(leaf)
+
+
+def _warn_of_overflow(problem: Problem, step: int) -> None:
+    times = problem.grid.times
+    if step >= problem.grid.steps:
+        return
+    warnings.warn(
+        f"the state left the range of float16 (65504) in step {step} of {problem.grid.steps}, between"
+        f" t = {times[step]:.6g} and t = {times[step + 1]:.6g}; use bfloat16, which has the range of float32, or"
+        " smaller steps",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,190 @@
+"""The time grid of a fixed-step solve: where the steps end, and how outputs lie among them."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GridConstructor = Callable[[Callable[..., object], object, Tensor], Tensor]
+
+# steps whose time tensors exist at once: one unbind serves them all, and memory does not grow with the steps
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where an output time lies: at the end of step ``step``, or inside it."""
+
+    step: int  # the output lies in (grid[step], grid[step + 1]]; -1 for the initial time
+    inside: bool
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """Steps and outputs of one solve.
+
+    ``points``: (N + 1,) float64 (float32 on devices without it), strictly monotone, on the state's device,
+    differentiable with respect to the user's ``t``; ``times``: the same as floats; ``outputs``: one for each
+    of the user's output times.
+    """
+
+    points: Tensor
+    times: list[float]
+    outputs: list[Output]
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def kept(self) -> list[int]:
+        """Indices of the grid points whose state the outputs need, ascending."""
+        needed = set()
+        for output in self.outputs:
+            needed.add(output.step + 1)
+            if output.inside:
+                needed.add(output.step)
+        return sorted(needed)
+
+
+def time_dtype(device: torch.device) -> torch.dtype:
+    """Dtype of the time arithmetic: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_times(values: list[float]) -> None:
+    """Raises ValueError unless ``values`` is non-empty, finite and strictly monotone."""
+    if not values:
+        raise ValueError("t is empty, expected at least one time")
+    for index, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"t[{index}] is {value}, expected finite times")
+    if len(values) < 2:
+        return
+    sign = 1.0 if values[1] > values[0] else -1.0
+    for index in range(1, len(values)):
+        if (values[index] - values[index - 1]) * sign <= 0:
+            raise ValueError(
+                f"t must be strictly increasing or decreasing, but t[{index - 1}] is {values[index - 1]}"
+                f" and t[{index}] is {values[index]}"
+            )
+
+
+def grid_of_outputs(t: Tensor, values: list[float], device: torch.device) -> TimeGrid:
+    """Steps from one output time to the next."""
+    outputs = [Output(step, inside=False) for step in range(-1, len(values) - 1)]
+    return TimeGrid(t.to(device, time_dtype(device)), values, outputs)
+
+
+def grid_of_step_size(t: Tensor, values: list[float], step_size: float, device: torch.device) -> TimeGrid:
+    """Steps of ``step_size`` from ``t[0]``; the last one is cut short at ``t[-1]``."""
+    if len(values) == 1:
+        return grid_of_outputs(t, values, device)
+    # in t's own precision, as the last point must coincide with t[-1] where the user's arithmetic says so
+    ends = torch.tensor([values[0], values[-1]], dtype=t.dtype)
+    steps = max(int(torch.ceil((ends[1] - ends[0]).abs() / step_size).item()), 1)
+    signed = math.copysign(step_size, values[-1] - values[0])
+    times = [values[0] + signed * n for n in range(steps)] + [values[-1]]
+    if steps > 1 and abs(times[-2] - times[0]) >= abs(times[-1] - times[0]):
+        del times[-2]
+        steps -= 1
+    start, end = t[0].to(device, time_dtype(device)), t[-1].to(device, time_dtype(device))
+    offsets = torch.arange(steps, dtype=start.dtype, device=device) * signed
+    points = torch.cat([start + offsets, end[None]])
+    return TimeGrid(points, times, _place(values, times))
+
+
+def grid_of_points(points: object, t: Tensor, values: list[float], device: torch.device) -> TimeGrid:
+    """Steps on the points that a user's ``grid_constructor`` returned.
+
+    Raises:
+        TypeError: not a floating point tensor.
+        ValueError: not one-dimensional, not monotone in the direction of ``t``, or with other ends than ``t``.
+    """
+    if not isinstance(points, Tensor) or not points.is_floating_point():
+        raise TypeError(f"grid_constructor returned {_describe(points)}, expected a floating point tensor")
+    if points.dim() != 1:
+        raise ValueError(f"grid_constructor returned a tensor of shape {list(points.shape)}, expected one dimension")
+    times = points.detach().to("cpu", torch.float64).tolist()
+    # a grid computed by the user's arithmetic may miss the ends by its rounding
+    slack = 4 * torch.finfo(points.dtype).eps * max(abs(values[0]), abs(values[-1]))
+    if not times or abs(times[0] - values[0]) > slack or abs(times[-1] - values[-1]) > slack:
+        ends = f"{times[0]} to {times[-1]}" if times else "nothing"
+        raise ValueError(f"grid_constructor returned a grid from {ends}, expected it from {values[0]} to {values[-1]}")
+    points = points.to(device, time_dtype(device))
+    if len(values) > 1:
+        own = t.to(device, points.dtype)
+        points = torch.cat([own[:1], points[1:-1], own[-1:]])
+        times[0], times[-1] = values[0], values[-1]
+    sign = 1.0 if values[-1] >= values[0] else -1.0
+    for index in range(1, len(times)):
+        if (times[index] - times[index - 1]) * sign <= 0:
+            raise ValueError(
+                f"grid_constructor returned points {index - 1} and {index} at {times[index - 1]} and"
+                f" {times[index]}, expected a strictly monotone grid in the direction of t"
+            )
+    return TimeGrid(points, times, _place(values, times))
+
+
+def _describe(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _place(values: list[float], times: list[float]) -> list[Output]:
+    sign = 1.0 if times[-1] >= times[0] else -1.0
+    ascending = [sign * time for time in times]
+    outputs = []
+    for value in values:
+        index = bisect_left(ascending, sign * value)
+        outputs.append(Output(index - 1, inside=times[index] != value))
+    return outputs
+
+
+def unbound(tensor: Tensor) -> Iterator[Tensor]:
+    """The slices of ``tensor`` along its first dimension, made a chunk at a time."""
+    for start in range(0, tensor.shape[0], CHUNK):
+        yield from tensor[start : start + CHUNK].unbind(0)
+
+
+class Slices:
+    """The slices of a tensor along its first dimension by index, made a chunk at a time."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._chunk = -1
+        self._slices: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return self._tensor.shape[0]
+
+    def __getitem__(self, index: int) -> Tensor:
+        chunk, offset = divmod(index, CHUNK)
+        if chunk != self._chunk:
+            self._slices = self._tensor[chunk * CHUNK : (chunk + 1) * CHUNK].unbind(0)
+            self._chunk = chunk
+        return self._slices[offset]
+
+
+def stage_times(
+    points: Tensor, nodes: tuple[float, ...], dtype: torch.dtype, perturb: bool
+) -> tuple[Tensor, Tensor]:
+    """Step sizes (N,) and the times (N, s) at which f is evaluated, the latter rounded once to ``dtype``.
+
+    With ``perturb`` the first and the last time of a step move by one unit in the last place into the step.
+    """
+    start, end = points[:-1], points[1:]
+    h = end - start
+    columns = []
+    for node in nodes:
+        time = start if node == 0.0 else end if node == 1.0 else start + node * h
+        time = time.to(dtype)
+        if perturb and node in (0.0, 1.0):
+            time = torch.nextafter(time, (end if node == 0.0 else start).to(dtype))
+        columns.append(time)
+    return h, torch.stack(columns, dim=1)
+

@@ -1,0 +1,71 @@
+"""What one solve is, decided before it starts and shared by the road out and the road back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rampde.grid import TimeGrid
+from rampde.randomness import RandomState
+from rampde.scaling import DynamicScaler
+from rampde.tableau import ButcherTableau
+from rampde.velocity import Velocity
+
+
+@dataclass(slots=True)
+class Stage:
+    """One evaluation of f: its arguments and its result, which carries the graph when one was recorded."""
+
+    time: Tensor
+    x: list[Tensor]
+    k: list[Tensor]
+
+
+@dataclass
+class Problem:
+    """One solve.
+
+    Attributes:
+        velocity: f and the structure of its state.
+        tableau: the method.
+        grid: steps and outputs.
+        checkpoint: "step", "none" or "tape".
+        compensated: whether the state is summed with compensation.
+        perturb: whether f is evaluated just inside the ends of a step.
+        scaler: dynamic loss scaling of the adjoint; None for none.
+        scaler_given: whether the caller gave the scaler, and is told by an error when it fails.
+        poison: without a scaler, whether one non-finite gradient makes all of them infinite, so that a
+            ``GradScaler`` skips the step.
+        output_dtypes: dtype of each leaf of the result.
+        first: the evaluation at the start, done before the solve as it shows what f returns and captures; None
+            where there are no steps.
+        random: state of the random number generators before ``first``; None when f draws no random numbers.
+        time_needs_grad: whether the grid points require a gradient.
+        captures: tensors f uses that require a gradient, known after the first stage.
+        kept: indices of the grid points whose states the solve returns.
+    """
+
+    velocity: Velocity
+    tableau: ButcherTableau
+    grid: TimeGrid
+    checkpoint: str
+    compensated: bool
+    perturb: bool
+    scaler: DynamicScaler | None
+    scaler_given: bool
+    poison: bool
+    output_dtypes: list[torch.dtype]
+    first: Stage | None = None
+    random: RandomState | None = None
+    time_needs_grad: bool = False
+    captures: list[Tensor] = field(default_factory=list)
+    kept: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = self.grid.kept
+
+    @property
+    def leaves(self) -> range:
+        return range(len(self.velocity.spec.leaves))

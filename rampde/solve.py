@@ -1,0 +1,197 @@
+"""The ``autograd.Function`` that joins the road out and the road back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rampde.adjoint import Sweep
+from rampde.captures import Captures, record
+from rampde.checkpoint import new_checkpoints
+from rampde.forward import integrate
+from rampde.grid import stage_times
+from rampde.problem import Problem, Stage
+from rampde.randomness import RandomState, preserved
+from rampde.tape import integrate_taped
+
+
+def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
+    """States at the grid points ``problem.kept``, leaf by leaf, differentiable in every tensor that f uses.
+
+    ``y0``: real, dense leaves. The first stage is evaluated here, checked, and searched for what f captures.
+    """
+    velocity, points = problem.velocity, problem.grid.points
+    if problem.checkpoint == "tape":
+        return _solve_taped(problem, y0, points)
+    with torch.no_grad():
+        h, times = stage_times(points, problem.tableau.nodes, velocity.spec.time_dtype, problem.perturb)
+        x = [leaf.detach().to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
+    if h.shape[0] == 0:
+        return [leaf[None].to(dtype) for leaf, dtype in zip(y0, problem.output_dtypes, strict=True)]
+    time = times[0, 0]
+    if not torch.is_grad_enabled():
+        problem.first = Stage(time, x, velocity.evaluate_first(time, x))
+        return integrate(problem, y0, h, times, None)
+
+    problem.time_needs_grad = points.requires_grad
+    before = RandomState.current(velocity.spec.device)
+    first, captures = _record_first(problem, time, x)
+    problem.first, problem.captures = first, captures.tensors
+    if captures.untraced:
+        warnings.warn(
+            f"func uses the result of {captures.untraced[0]}, computed outside of it, in a way that could not be"
+            ' traced to a tensor; the solve falls back to checkpoint="tape", which needs more memory',
+            UserWarning,
+            stacklevel=3,
+        )
+        return _solve_taped(problem, y0, points)
+    _note_precision(problem, first)
+    wanted = captures.tensors or problem.time_needs_grad or any(leaf.requires_grad for leaf in y0)
+    if not wanted:
+        with torch.no_grad():
+            return integrate(problem, y0, h, times, None)
+    after = RandomState.current(velocity.spec.device)
+    problem.random = None if before.equals(after) else before
+    outputs = _AdjointSolve.apply(problem, captures.observed, h, times, points, *y0, *captures.tensors)
+    if problem.checkpoint == "step" and problem.random is None:
+        if not after.equals(RandomState.current(velocity.spec.device)):
+            raise RuntimeError(
+                "func drew random numbers, though none in its first evaluation, so they cannot be replayed in the"
+                ' backward pass; use checkpoint="none"'
+            )
+    return list(outputs)
+
+
+def _record_first(problem: Problem, time: Tensor, x: list[Tensor]) -> tuple[Stage, Captures]:
+    """The first stage, with its graph where the policy keeps graphs, and what f captures."""
+    velocity = problem.velocity
+    if problem.time_needs_grad:
+        time = time.detach().requires_grad_()
+    for leaf in x:
+        leaf.requires_grad_()
+    k, captures = record(velocity.func, velocity.evaluate_first, time, x)
+    if problem.checkpoint != "none":
+        # plain aliases: the graph is not needed again, and a checkpoint is no leaf of a graph
+        k, x = [value.detach() for value in k], [leaf.detach() for leaf in x]
+    return Stage(time, x, k), captures
+
+
+def _note_precision(problem: Problem, first: Stage) -> None:
+    """Scaling is for float16 wherever it enters: in the input of f, under autocast, or in what f returns."""
+    half = problem.velocity.half or any(value.dtype == torch.float16 for value in first.k)
+    if not half:
+        problem.poison = False
+        if not problem.scaler_given:
+            problem.scaler = None
+
+
+def _solve_taped(problem: Problem, y0: list[Tensor], points: Tensor) -> list[Tensor]:
+    velocity = problem.velocity
+    first = None
+    if points.shape[0] > 1:
+        _, times = stage_times(
+            points[:2], problem.tableau.nodes[:1], velocity.spec.time_dtype, problem.perturb
+        )
+        x = [leaf.to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
+        first = Stage(times[0, 0], x, velocity.evaluate_first(times[0, 0], x))
+    return integrate_taped(problem, y0, points, first)
+
+
+class _AdjointSolve(torch.autograd.Function):
+    """The forward solve, and the sweep as its backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, observed: int, h: Tensor, times: Tensor, points: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        leaves = len(problem.leaves)
+        y0, captures = tensors[:leaves], tensors[leaves:]
+        checkpoints = new_checkpoints(problem)
+        outputs = integrate(problem, [leaf.detach() for leaf in y0], h, times, checkpoints)
+        problem.first = None
+        ctx.set_materialize_grads(False)
+        ctx.problem, ctx.checkpoints, ctx.observed = problem, checkpoints, observed
+        # only what f was seen to use is checked for changes in place: the rest may be no business of the solve
+        ctx.unobserved = captures[observed:]
+        ctx.save_for_backward(points, *y0, *captures[:observed], *checkpoints.tensors())
+        ctx.swept = False
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        problem: Problem = ctx.problem
+        leaves = len(problem.leaves)
+        points, *saved = ctx.saved_tensors
+        y0, saved = saved[:leaves], saved[leaves:]
+        captures = [*saved[: ctx.observed], *ctx.unobserved]
+        unused = (None, None, None, None)
+        if all(cotangent is None for cotangent in cotangents):
+            return (*unused, None, *[None] * (leaves + len(captures)))
+        with ExitStack() as stack:
+            stack.enter_context(problem.velocity.autocast.entered())
+            stack.enter_context(preserved(problem.velocity.spec.device, problem.random is not None))
+            if torch.is_grad_enabled():
+                return (*unused, *_differentiable_backward(ctx, problem, points, y0, captures, cotangents))
+            retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+            if problem.checkpoint == "none" and ctx.swept:
+                raise RuntimeError(
+                    "the graphs of this solve were freed by an earlier backward pass; give that one"
+                    ' retain_graph=True, or solve with checkpoint="step"'
+                )
+            ctx.swept = problem.checkpoint == "none" and not retain_graph
+            ctx.checkpoints.restore(saved[ctx.observed :])
+            # a sweep that may have to resume needs its graphs twice
+            keep = retain_graph or (problem.checkpoint == "none" and problem.scaler is not None)
+            sweep = Sweep(problem, points, ctx.checkpoints, captures, cotangents, keep)
+            try:
+                gradients, points_gradient, totals = sweep.run(y0)
+            finally:
+                ctx.checkpoints.restore([])
+        return (
+            *unused,
+            points_gradient,
+            *(_cast(gradient, leaf) for gradient, leaf in zip(gradients, y0, strict=True)),
+            *(_cast(total, capture) for total, capture in zip(totals, captures, strict=True)),
+        )
+
+
+def _cast(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(tensor.dtype)
+
+
+def _differentiable_backward(
+    ctx: Any,
+    problem: Problem,
+    points: Tensor,
+    y0: Sequence[Tensor],
+    captures: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+) -> Sequence[Tensor | None]:
+    """The gradients with their own graph (``create_graph=True``): the solve is repeated on the tape."""
+    if problem.random is not None:
+        problem.random.restore()
+    outputs = integrate_taped(problem, y0, points)
+    pairs = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if cotangent is not None and output.requires_grad
+    ]
+    inputs = [points, *y0, *captures]
+    if not pairs:
+        return [None] * len(inputs)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    gradients = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            wanted,
+            [cotangent for _, cotangent in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]

@@ -1,0 +1,108 @@
+"""Plain autograd through the operators: double backward, forward mode, and the oracle of the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rampde.grid import stage_times
+from rampde.ops import rk_stage, rk_update
+from rampde.problem import Problem, Stage
+from rampde.state import accumulation_dtype
+
+
+class Combination(torch.autograd.Function):
+    """``round(y + h sum_j a_j k_j)`` by the fused operators, differentiable to any order.
+
+    ``compensation``, where given, carries the rounding error of the sum; it is updated, not differentiated.
+    """
+
+    @staticmethod
+    def forward(
+        y: Tensor, h: Tensor, dtype: torch.dtype, a: list[float], compensation: Tensor | None, *k: Tensor
+    ) -> Tensor:
+        if compensation is None:
+            return rk_stage(y, list(k), h, a, dtype)
+        result = torch.empty_like(y)
+        rk_update(y, list(k), h, a, result, None, compensation)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, h, dtype, a, _, *k = inputs
+        ctx.save_for_backward(h, *k)
+        ctx.save_for_forward(h, *k)
+        ctx.y_dtype, ctx.dtype, ctx.a = y.dtype, dtype, a
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        h, *k = ctx.saved_tensors
+        grad = grad_outputs[0].to(accumulation_dtype(ctx.y_dtype))
+        scaled = h.to(grad.dtype) * grad
+        grad_h = None
+        if ctx.needs_input_grad[1]:
+            products = [a * (grad * value.to(grad.dtype)).sum() for a, value in zip(ctx.a, k, strict=True)]
+            grad_h = sum(products, start=grad.new_zeros(())).to(h.dtype)  # type: ignore[union-attr]
+        grad_k = [(a * scaled).to(value.dtype) for a, value in zip(ctx.a, k, strict=True)]
+        return grad.to(ctx.y_dtype), grad_h, None, None, None, *grad_k
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        y_dot, h_dot, _, _, _, *k_dot = tangents
+        h, *k = ctx.saved_tensors
+        dtype = accumulation_dtype(ctx.y_dtype)
+        total = torch.zeros_like(k[0], dtype=dtype) if y_dot is None else y_dot.to(dtype)
+        for a, value, value_dot in zip(ctx.a, k, k_dot, strict=True):
+            if value_dot is not None:
+                total = total + (a * h).to(dtype) * value_dot.to(dtype)
+            if h_dot is not None:
+                total = total + (a * h_dot).to(dtype) * value.to(dtype)
+        return total.to(ctx.dtype)
+
+
+def integrate_taped(
+    problem: Problem, y0: Sequence[Tensor], points: Tensor, first: Stage | None = None
+) -> list[Tensor]:
+    """As :func:`rampde.forward.integrate`, every operation recorded by autograd.
+
+    ``first``: the first stage, where it has been evaluated from ``y0`` on the tape already.
+    """
+    velocity, tableau, update = problem.velocity, problem.tableau, problem.tableau.update
+    h_all, times_all = stage_times(points, tableau.nodes, velocity.spec.time_dtype, problem.perturb)
+    y = [leaf.to(spec.state_dtype) for leaf, spec in zip(y0, velocity.spec.leaves, strict=True)]
+    compensation = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
+    kept = set(problem.kept)
+    results = [y] if 0 in kept else []
+    for step in range(h_all.shape[0]):
+        h, times = h_all[step], times_all[step]
+        velocities: list[list[Tensor]] = []
+        for i, inputs in enumerate(tableau.stage_inputs):
+            if step == 0 and i == 0 and first is not None:
+                velocities.append(first.k)
+                continue
+            x = [
+                _combine(leaf, h, dtype, inputs.weights, None, [velocities[j][n] for j in inputs.stages])
+                for n, (leaf, dtype) in enumerate(zip(y, velocity.dtypes, strict=True))
+            ]
+            velocities.append(velocity.evaluate(times[i], x))
+        y = [
+            _combine(leaf, h, leaf.dtype, update.weights, compensation[n], [velocities[i][n] for i in update.stages])
+            for n, leaf in enumerate(y)
+        ]
+        if step + 1 in kept:
+            results.append(y)
+    return [
+        torch.stack([state[n] for state in results]).to(dtype) for n, dtype in enumerate(problem.output_dtypes)
+    ]
+
+
+def _combine(
+    y: Tensor, h: Tensor, dtype: torch.dtype, a: list[float], compensation: Tensor | None, k: list[Tensor]
+) -> Tensor:
+    if not k:
+        return y.to(dtype)
+    result: Tensor = Combination.apply(y, h, dtype, a, compensation, *k)
+    return result
