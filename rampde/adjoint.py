@@ -56,6 +56,16 @@ class Sweep:
         )
         self.h, self.times = Slices(h), Slices(times.flatten())
         self.totals: Gradients = [None] * len(captures)
+        self.any_complex = any(capture.is_complex() for capture in captures)
+        self.complete = False  # whether every capture has a total
+        self.sparse = False  # whether some f did not depend on some part of the state
+        tableau = problem.tableau
+        # stages in reverse, less those on which no later result depends
+        self.plan = [
+            (i, tableau.update_weights[i], later.stages, later.weights)
+            for i, later in reversed(list(enumerate(tableau.stage_cotangents)))
+            if tableau.update_weights[i] != 0.0 or later.stages
+        ]
         self.time_gradients: list[tuple[Tensor, Tensor] | None] = [None] * (points.shape[0] - 1)
         self.scale_state = None if self.scaler is None else self.scaler.new_state(points.device)
 
@@ -164,33 +174,37 @@ class Sweep:
 
     def _sweep_step(self, step: int, adjoint: list[Tensor], adjoint_next: list[Tensor]) -> None:
         """Takes ``adjoint`` from the end of ``step`` to its start."""
-        problem, tableau = self.problem, self.problem.tableau
         h = self.h[step]
-        times = [self.times[i] for i in range(step * tableau.stages, (step + 1) * tableau.stages)]
-        stages: list[Stage | None] = [*self.checkpoints.load(step, h, times)]
+        stages: list[Stage | None] = [*self.checkpoints.load(step, h, self.times)]
         if not self.retain_graph:
             self.checkpoints.release(step)
-        vjps: list[list[Tensor | None]] = [[None] * len(stages) for _ in problem.leaves]
+        vjps: list[list[Tensor | None]] = [[None] * len(stages) for _ in adjoint]
         gradients: Gradients = []
-        time_gradient = _TimeGradient(self, step) if problem.time_needs_grad else None
-        count = len(problem.leaves)
-        for i in reversed(range(len(stages))):
+        time_gradient = _TimeGradient(self, step) if self.problem.time_needs_grad else None
+        for i, b, later, weights in self.plan:
             stage = stages[i]
             assert stage is not None
             stages[i] = None  # the graph of the stage goes as soon as its product is taken
-            cotangents = self._stage_cotangents(i, stage, adjoint, vjps, h)
-            if cotangents is None:
-                continue
-            inputs = [*stage.x, stage.time] if time_gradient is not None else stage.x
+            cotangents = []
+            for lam, k, vjps_of_leaf in zip(adjoint, stage.k, vjps, strict=True):
+                present, a = [vjps_of_leaf[j] for j in later], weights
+                if self.sparse:
+                    pairs = [(vjp, weight) for vjp, weight in zip(present, a, strict=True) if vjp is not None]
+                    present, a = [vjp for vjp, _ in pairs], [weight for _, weight in pairs]
+                cotangents.append(adjoint_stage(lam, present, h, b, a, k.dtype, self.scale_state))
+            inputs = stage.x
             if time_gradient is not None:
+                inputs = [*inputs, stage.time]
                 time_gradient.add_velocity(stage.k, cotangents)
             products = vector_jacobian_product(
                 stage.k, [*inputs, *self.captures], cotangents, self.retain_graph
             )
-            for leaf in problem.leaves:
-                vjps[leaf][i] = products[leaf]
+            for leaf, vjps_of_leaf in enumerate(vjps):
+                vjps_of_leaf[i] = products[leaf]
+                if products[leaf] is None:
+                    self.sparse = True
             if time_gradient is not None:
-                time_gradient.add_time(products[count], tableau.nodes[i])
+                time_gradient.add_time(products[len(vjps)], self.problem.tableau.nodes[i])
             gradients.extend(products[len(inputs) :])
         for leaf, lam in enumerate(adjoint):
             present = [vjp for vjp in vjps[leaf] if vjp is not None]
@@ -203,36 +217,14 @@ class Sweep:
         if time_gradient is not None:
             self.time_gradients[step] = time_gradient.ends()
 
-    def _stage_cotangents(
-        self, i: int, stage: Stage, adjoint: list[Tensor], vjps: list[list[Tensor | None]], h: Tensor
-    ) -> list[Tensor | None] | None:
-        """``S w_i`` for each leaf; None when no later result depends on the stage."""
-        tableau = self.problem.tableau
-        later = tableau.stage_cotangents[i]
-        b = tableau.update_weights[i]
-        if b == 0.0 and not later.stages:
-            return None
-        cotangents: list[Tensor | None] = []
-        for leaf, lam in enumerate(adjoint):
-            k = stage.k[leaf]
-            if not k.requires_grad and not self.problem.time_needs_grad:
-                cotangents.append(None)
-                continue
-            present, weights = [vjps[leaf][j] for j in later.stages], later.weights
-            if None in present:
-                pairs = [(vjp, a) for vjp, a in zip(present, weights, strict=True) if vjp is not None]
-                present, weights = [vjp for vjp, _ in pairs], [a for _, a in pairs]
-            cotangents.append(adjoint_stage(lam, present, h, b, weights, k.dtype, self.scale_state))
-        return cotangents
-
     def _accumulate(self, gradients: Gradients, h: Tensor) -> None:
         """Adds the captures' gradients of all stages of a step, in the accumulation dtype."""
         count = len(self.captures)
-        if any(capture.is_complex() for capture in self.captures):
+        if self.any_complex:
             gradients = [
                 torch.view_as_real(g.resolve_conj()) if g is not None and g.is_complex() else g for g in gradients
             ]
-        if None not in self.totals:
+        if self.complete:
             accumulate_gradients(self.totals, gradients, h, self.scale_state)
             return
         for index, gradient in enumerate(gradients):
@@ -242,6 +234,7 @@ class Sweep:
                 dtype = accumulation_dtype(self.captures[capture].dtype)
                 self.totals[capture] = torch.zeros_like(gradient, dtype=dtype)
         used = [c for c in range(count) if self.totals[c] is not None]
+        self.complete = len(used) == count
         if not used:
             return
         present = [gradients[start + c] for start in range(0, len(gradients), count) for c in used]

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rampde.grid import Slices
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.stages import evaluate_stages
@@ -19,8 +20,9 @@ class Checkpoints(Protocol):
 
     needs_graph: bool
 
-    def store(self, x: list[Tensor], stages: list[Stage], random: RandomState | None) -> None:
-        """Keeps what the policy wants of a step; ``x`` is the rounded state at its start."""
+    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: RandomState | None) -> None:
+        """Keeps what the policy wants of a step; ``x`` is the rounded state at its start, ``graphs`` its
+        stages where ``needs_graph``."""
 
     def tensors(self) -> list[Tensor]:
         """What is to be saved for the backward pass by autograd, which may offload or check it."""
@@ -28,8 +30,8 @@ class Checkpoints(Protocol):
     def restore(self, tensors: Sequence[Tensor]) -> None:
         """Takes back what ``tensors`` gave."""
 
-    def load(self, step: int, h: Tensor, times: list[Tensor]) -> list[Stage]:
-        """The stages of a step with their graphs; a later call for the same step gives them again."""
+    def load(self, step: int, h: Tensor, times: Slices) -> list[Stage]:
+        """The stages of a step with their graphs, at every call anew; ``times`` are the stage times of all steps."""
 
     def release(self, step: int) -> None:
         """Frees what is kept of a step that will not be loaded again."""
@@ -43,10 +45,11 @@ class KeptGraphs:
     def __init__(self) -> None:
         self.steps: list[list[Stage]] = []
 
-    def store(self, x: list[Tensor], stages: list[Stage], random: RandomState | None) -> None:
-        self.steps.append(stages)
+    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: RandomState | None) -> None:
+        assert graphs is not None
+        self.steps.append(graphs)
 
-    def load(self, step: int, h: Tensor, times: list[Tensor]) -> list[Stage]:
+    def load(self, step: int, h: Tensor, times: Slices) -> list[Stage]:
         return list(self.steps[step])
 
     def tensors(self) -> list[Tensor]:
@@ -69,7 +72,7 @@ class StepStates:
         self.states: list[list[Tensor]] = []
         self.random: list[RandomState | None] = []
 
-    def store(self, x: list[Tensor], stages: list[Stage], random: RandomState | None) -> None:
+    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: RandomState | None) -> None:
         self.states.append(x)
         self.random.append(random)
 
@@ -85,16 +88,20 @@ class StepStates:
     def release(self, step: int) -> None:
         pass  # autograd holds the states until the backward pass is over
 
-    def load(self, step: int, h: Tensor, times: list[Tensor]) -> list[Stage]:
+    def load(self, step: int, h: Tensor, times: Slices) -> list[Stage]:
         random = self.random[step]
         if random is not None:
             random.restore()
         y = self.states[step]
         # an alias: becoming a leaf of the graph must not show on the checkpoint
         x = [leaf.detach() for leaf in y]
+        count = self.problem.tableau.stages
+        own_times = [times[i] for i in range(step * count, (step + 1) * count)]
         if self.problem.time_needs_grad:
-            times = [time.detach().requires_grad_() for time in times]
-        return evaluate_stages(self.problem, y, x, h, times, with_graph=True)
+            own_times = [time.detach().requires_grad_() for time in own_times]
+        stages: list[Stage] = []
+        evaluate_stages(self.problem, y, x, h, own_times, graphs=stages)
+        return stages
 
 
 def new_checkpoints(problem: Problem) -> Checkpoints:

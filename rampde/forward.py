@@ -10,7 +10,7 @@ from torch import Tensor
 from rampde.checkpoint import Checkpoints
 from rampde.grid import unbound
 from rampde.ops import rk_update
-from rampde.problem import Problem
+from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.stages import evaluate_stages
 
@@ -36,44 +36,46 @@ def integrate(
         checkpoints is not None or dtype != state
         for dtype, state in zip(velocity.dtypes, state_dtypes, strict=True)
     ]
-    with_graph = checkpoints is not None and checkpoints.needs_graph
+    any_rounded = any(rounded)
     overflow_step = torch.full((), steps, dtype=torch.int64, device=h_all.device) if velocity.half else None
-    update = tableau.update
+    update, weights = tableau.update, tableau.update.weights
+    stage_range = range(tableau.stages)
 
     y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
     x = y if problem.first is None else problem.first.x
+    first = problem.first
     compensation = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
     outputs = _Outputs(problem, y)
+    graphs: list[Stage] | None = None
+    random = problem.random
 
     for step in range(steps):
         h = next(h_of_step)
-        times = [next(time_of_stage) for _ in range(tableau.stages)]
-        if with_graph and problem.time_needs_grad:
-            times = [time.detach().requires_grad_() for time in times]
-        first = problem.first if step == 0 else None
-        random = problem.random
-        if random is not None and step > 0 and checkpoints is not None:
-            random = RandomState.current(velocity.spec.device)
-        stages = evaluate_stages(problem, y, x, h, times, with_graph, first)
+        times = [next(time_of_stage) for _ in stage_range]
         if checkpoints is not None:
-            checkpoints.store(x, stages, random)
+            if random is not None and step > 0:
+                random = RandomState.current(velocity.spec.device)
+            if checkpoints.needs_graph:
+                graphs = []
+                if problem.time_needs_grad:
+                    times = [time.detach().requires_grad_() for time in times]
+        velocities = evaluate_stages(problem, y, x, h, times, first, graphs)
+        first = None
+        if checkpoints is not None:
+            checkpoints.store(x, graphs, random)
 
         y_next = outputs.next_state(step + 1, y)
-        x = [
-            torch.empty_like(state, dtype=dtype) if separate else state
-            for state, dtype, separate in zip(y_next, velocity.dtypes, rounded, strict=True)
-        ]
-        for leaf in problem.leaves:
+        x = y_next
+        if any_rounded:
+            x = [
+                torch.empty_like(state, dtype=dtype) if separate else state
+                for state, dtype, separate in zip(y_next, velocity.dtypes, rounded, strict=True)
+            ]
+        for leaf, state in enumerate(y):
+            k = velocities[leaf] if update.dense else update.pick(velocities[leaf])
+            checkpoint = x[leaf] if rounded[leaf] else None
             rk_update(
-                y[leaf],
-                [stages[i].k[leaf] for i in update.stages],
-                h,
-                update.weights,
-                y_next[leaf],
-                x[leaf] if rounded[leaf] else None,
-                compensation[leaf],
-                overflow_step,
-                step,
+                state, k, h, weights, y_next[leaf], checkpoint, compensation[leaf], overflow_step, step
             )
         y = y_next
         outputs.keep(y)
@@ -97,6 +99,7 @@ class _Outputs:
             for leaf, dtype in zip(y, problem.output_dtypes, strict=True)
         ]
         self.direct = [leaf.dtype == dtype for leaf, dtype in zip(y, problem.output_dtypes, strict=True)]
+        self.all_direct = all(self.direct)
         self.slots_of_leaf = [unbound(leaf) for leaf in self.leaves]
         self.slots: list[Tensor] | None = None
         for slot, leaf in zip(self._take(0) or [], y, strict=False):
@@ -111,6 +114,8 @@ class _Outputs:
     def next_state(self, index: int, y: list[Tensor]) -> list[Tensor]:
         """Where the state at grid point ``index`` is to be written."""
         self.slots = self._take(index)
+        if self.slots is not None and self.all_direct:
+            return self.slots
         if self.slots is None:
             return [torch.empty_like(leaf) for leaf in y]
         return [
@@ -120,7 +125,7 @@ class _Outputs:
 
     def keep(self, y: list[Tensor]) -> None:
         """Completes the result after the update has written ``y``."""
-        if self.slots is None:
+        if self.slots is None or self.all_direct:
             return
         for slot, direct, leaf in zip(self.slots, self.direct, y, strict=True):
             if not direct:

@@ -10,7 +10,7 @@ from torch import Tensor
 from rampde.grid import TimeGrid
 from rampde.randomness import RandomState
 from rampde.scaling import DynamicScaler
-from rampde.tableau import ButcherTableau
+from rampde.tableau import ButcherTableau, Combination
 from rampde.velocity import Velocity
 
 
@@ -45,6 +45,7 @@ class Problem:
         time_needs_grad: whether the grid points require a gradient.
         captures: tensors f uses that require a gradient, known after the first stage.
         kept: indices of the grid points whose states the solve returns.
+        later_stages: all stages but the first, with what enters their inputs.
     """
 
     velocity: Velocity
@@ -62,9 +63,11 @@ class Problem:
     time_needs_grad: bool = False
     captures: list[Tensor] = field(default_factory=list)
     kept: list[int] = field(init=False)
+    later_stages: list[tuple[int, Combination]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.kept = self.grid.kept
+        self.later_stages = list(enumerate(self.tableau.stage_inputs))[1:]
 
     @property
     def leaves(self) -> range:

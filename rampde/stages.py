@@ -14,24 +14,31 @@ def evaluate_stages(
     x: list[Tensor],
     h: Tensor,
     times: list[Tensor],
-    with_graph: bool,
     first: Stage | None = None,
-) -> list[Stage]:
-    """Stages of the step from state ``y``, whose rounded form is ``x``, at the given ``times``.
+    graphs: list[Stage] | None = None,
+) -> list[list[Tensor]]:
+    """Velocities of the step from state ``y``, whose rounded form is ``x``, as ``[leaf][stage]``.
 
-    ``with_graph`` records the graph of every stage by itself, from its input ``x`` to its velocity. ``first`` is
-    the first stage where it is known already.
+    ``times`` are those of the stages and ``first`` is the first stage, where it is known already. With ``graphs``,
+    the graph of every stage is recorded by itself, from its input to its velocity, and the stages appended there.
     """
     velocity = problem.velocity
-    evaluate = velocity.evaluate_with_graph if with_graph else velocity.evaluate
+    evaluate = velocity.evaluate if graphs is None else velocity.evaluate_with_graph
+    k = evaluate(times[0], x) if first is None else first.k
+    velocities = [[value] for value in k]
+    if graphs is not None:
+        graphs.append(Stage(times[0], x, k) if first is None else first)
     dtypes = velocity.dtypes
-    stages = [Stage(times[0], x, evaluate(times[0], x)) if first is None else first]
-    for i in range(1, len(times)):
-        inputs = problem.tableau.stage_inputs[i]
+    for i, inputs in problem.later_stages:
+        time = times[i]
         x = [
-            rk_stage(state, [stages[j].k[leaf] for j in inputs.stages], h, inputs.weights, dtypes[leaf])
-            for leaf, state in enumerate(y)
+            # at stage i the list of velocities is that of the stages before it
+            rk_stage(state, k_of_leaf if inputs.dense else inputs.pick(k_of_leaf), h, inputs.weights, dtype)
+            for state, k_of_leaf, dtype in zip(y, velocities, dtypes)  # noqa: B905  a strict zip costs time here
         ]
-        k = evaluate(times[i], x)
-        stages.append(Stage(times[i], x if with_graph else [], k))
-    return stages
+        k = evaluate(time, x)
+        for k_of_leaf, value in zip(velocities, k):  # noqa: B905
+            k_of_leaf.append(value)
+        if graphs is not None:
+            graphs.append(Stage(time, x, k))
+    return velocities

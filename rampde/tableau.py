@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 Coefficient = int | float | Fraction
+Velocity = TypeVar("Velocity")
 Tree = tuple["Tree", ...]  # a rooted tree is the tuple of its subtrees
 
 MAX_STAGES = 16
@@ -19,10 +21,18 @@ TOLERANCE = 1e-10  # of the conditions, for coefficients given as floats; fracti
 
 @dataclass(frozen=True)
 class Combination:
-    """A weighted sum over stages: the ones with a non-zero weight, and these weights."""
+    """A weighted sum over stages: the ones with a non-zero weight, and these weights.
+
+    ``dense`` says that the stages are all there are, 0 .. n - 1, so that a list of n velocities needs no picking.
+    """
 
     stages: tuple[int, ...]
     weights: list[float]
+    dense: bool
+
+    def pick(self, velocities: list[Velocity]) -> list[Velocity]:
+        """The velocities that have a weight."""
+        return [velocities[stage] for stage in self.stages]
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ def _equal(left: Coefficient, right: Coefficient) -> bool:
 
 def _combination(weights: Sequence[Coefficient]) -> Combination:
     used = tuple(index for index, weight in enumerate(weights) if weight != 0)
-    return Combination(used, [float(weights[index]) for index in used])
+    return Combination(used, [float(weights[index]) for index in used], dense=len(used) == len(weights))
 
 
 @lru_cache

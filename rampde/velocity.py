@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from rampde.state import State, StateSpec
 
@@ -106,11 +107,23 @@ def vector_jacobian_product(
 ) -> Sequence[Tensor | None]:
     """Gradients of ``sum_l <k_l, cotangents_l>`` with respect to ``inputs``; None where k does not depend on one.
 
-    ``cotangents[l]`` is None where ``k[l]`` has no graph.
+    ``cotangents[l]`` has the shape and dtype of ``k[l]``; what has no graph in ``k`` is left out.
     """
-    if any(cotangent is None for cotangent in cotangents):
-        pairs = [(value, c) for value, c in zip(k, cotangents, strict=True) if c is not None]
-        if not pairs:
-            return [None] * len(inputs)
-        k, cotangents = [value for value, _ in pairs], [c for _, c in pairs]
-    return torch.autograd.grad(k, inputs, cotangents, retain_graph=retain_graph, allow_unused=True)
+    for value in k:
+        if not value.requires_grad:
+            pairs = [(value, c) for value, c in zip(k, cotangents, strict=True) if value.requires_grad]
+            if not pairs:
+                return [None] * len(inputs)
+            k, cotangents = [value for value, _ in pairs], [c for _, c in pairs]
+            break
+    # what torch.autograd.grad calls, without its checks of arguments that are right by construction: they cost
+    # as much as the engine itself for a small f
+    return _engine_run_backward(  # type: ignore[no-any-return]
+        tuple(k),
+        tuple(cotangents),
+        retain_graph,
+        False,  # create_graph
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
