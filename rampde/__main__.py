@@ -53,9 +53,7 @@ def report() -> str:
     width = max(map(len, ops.SCHEMAS))
     lines.append(f"{'operator':<{width}}  cpu     cuda    elsewhere")
     for operator in ops.SCHEMAS:
-        lines.append(
-            f"{operator:<{width}}  {backend(operator, 'cpu'):<6}  {backend(operator, 'cuda'):<6}  ATen"
-        )
+        lines.append(f"{operator:<{width}}  {backend(operator, 'cpu'):<6}  {backend(operator, 'cuda'):<6}  ATen")
     return "\n".join(lines)
 
 

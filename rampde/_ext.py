@@ -7,9 +7,9 @@ import torch  # noqa: F401  first: rampde._C links against libraries that this i
 
 if find_spec("rampde._C") is None:
     MISSING = "rampde._C was not built; reinstall rampde with a C++ compiler (and nvcc for CUDA), see the README"
-    warnings.warn(MISSING + ". Until then rampde runs through plain PyTorch, which is slower.", RuntimeWarning, stacklevel=2)
+    warnings.warn(MISSING + ". Until then rampde runs through plain PyTorch, slower.", RuntimeWarning, stacklevel=2)
 else:
     # a built extension that fails to load is an error, not a fallback
-    from rampde import _C  # noqa: F401
+    from rampde import _C  # type: ignore[attr-defined]  # noqa: F401
 
     MISSING = ""

@@ -51,21 +51,12 @@ class Sweep:
         self.device = points.device
         self.cotangents = [self._by_grid_point(leaf) for leaf in cotangents]
         self.incoming = [leaf for leaf in cotangents if leaf is not None]
-        h, times = stage_times(
-            points, problem.tableau.nodes, problem.velocity.spec.time_dtype, problem.perturb
-        )
+        h, times = stage_times(points, problem.tableau.nodes, problem.velocity.spec.time_dtype, problem.perturb)
         self.h, self.times = Slices(h), Slices(times.flatten())
         self.totals: Gradients = [None] * len(captures)
         self.any_complex = any(capture.is_complex() for capture in captures)
         self.complete = False  # whether every capture has a total
         self.sparse = False  # whether some f did not depend on some part of the state
-        tableau = problem.tableau
-        # stages in reverse, less those on which no later result depends
-        self.plan = [
-            (i, tableau.update_weights[i], later.stages, later.weights)
-            for i, later in reversed(list(enumerate(tableau.stage_cotangents)))
-            if tableau.update_weights[i] != 0.0 or later.stages
-        ]
         self.time_gradients: list[tuple[Tensor, Tensor] | None] = [None] * (points.shape[0] - 1)
         self.scale_state = None if self.scaler is None else self.scaler.new_state(points.device)
 
@@ -96,7 +87,8 @@ class Sweep:
 
     def _run_scaled(self, adjoint: list[Tensor]) -> list[Tensor]:
         """The sweep under dynamic scaling; reads the device twice where no step overflows."""
-        assert self.scaler is not None and self.scale_state is not None
+        assert self.scaler is not None
+        assert self.scale_state is not None
         scaler, state = self.scaler, self.scale_state
         self._decide([], steps=0)
         buffers = (adjoint, [torch.empty_like(lam) for lam in adjoint])
@@ -159,7 +151,8 @@ class Sweep:
 
     def _decide(self, gradients: Gradients, steps: int) -> None:
         scaler = self.scaler
-        assert scaler is not None and self.scale_state is not None
+        assert scaler is not None
+        assert self.scale_state is not None
         target = scaler.target / math.sqrt(self.problem.velocity.spec.elements_per_sample)
         update_scale(
             self.scale_state,
@@ -181,7 +174,7 @@ class Sweep:
         vjps: list[list[Tensor | None]] = [[None] * len(stages) for _ in adjoint]
         gradients: Gradients = []
         time_gradient = _TimeGradient(self, step) if self.problem.time_needs_grad else None
-        for i, b, later, weights in self.plan:
+        for i, b, later, weights in self.problem.tableau.cotangents:
             stage = stages[i]
             assert stage is not None
             stages[i] = None  # the graph of the stage goes as soon as its product is taken
@@ -196,9 +189,7 @@ class Sweep:
             if time_gradient is not None:
                 inputs = [*inputs, stage.time]
                 time_gradient.add_velocity(stage.k, cotangents)
-            products = vector_jacobian_product(
-                stage.k, [*inputs, *self.captures], cotangents, self.retain_graph
-            )
+            products = vector_jacobian_product(stage.k, [*inputs, *self.captures], cotangents, self.retain_graph)
             for leaf, vjps_of_leaf in enumerate(vjps):
                 vjps_of_leaf[i] = products[leaf]
                 if products[leaf] is None:

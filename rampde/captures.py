@@ -72,9 +72,10 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _see(self, value: object) -> None:
-        if isinstance(value, Tensor) and value.grad_fn is not None:
-            if value.grad_fn._sequence_nr() < self.start:  # type: ignore[attr-defined]
-                self.tensors[value.grad_fn, value.output_nr] = value
+        if isinstance(value, Tensor):
+            node = value.grad_fn
+            if node is not None and node._sequence_nr() < self.start:
+                self.tensors[node, value.output_nr] = value
 
 
 def record(
@@ -107,12 +108,11 @@ def record(
 def _sequence_number() -> int:
     """Autograd numbers the nodes of a thread upwards: nodes made from now on have at least this number."""
     marker = torch.empty((), requires_grad=True).view(())
-    return int(marker.grad_fn._sequence_nr())  # type: ignore[union-attr]
+    assert marker.grad_fn is not None
+    return marker.grad_fn._sequence_nr()
 
 
-def _walk(
-    k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[int]
-) -> tuple[list[Tensor], list[str]]:
+def _walk(k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[int]) -> tuple[list[Tensor], list[str]]:
     """Tensors at which the graph of ``k`` leaves f, and names of nodes outside that no tensor stands for."""
     found: dict[int, Tensor] = {}
     untraced: list[str] = []

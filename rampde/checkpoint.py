@@ -107,5 +107,3 @@ class StepStates:
 def new_checkpoints(problem: Problem) -> Checkpoints:
     """The policy that ``problem.checkpoint`` names."""
     return KeptGraphs() if problem.checkpoint == "none" else StepStates(problem)
-
-

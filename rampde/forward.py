@@ -33,8 +33,7 @@ def integrate(
     state_dtypes = [leaf.state_dtype for leaf in velocity.spec.leaves]
     # the rounded state is a tensor of its own where it differs from the state, or must outlive the step
     rounded = [
-        checkpoints is not None or dtype != state
-        for dtype, state in zip(velocity.dtypes, state_dtypes, strict=True)
+        checkpoints is not None or dtype != state for dtype, state in zip(velocity.dtypes, state_dtypes, strict=True)
     ]
     any_rounded = any(rounded)
     overflow_step = torch.full((), steps, dtype=torch.int64, device=h_all.device) if velocity.half else None
@@ -74,9 +73,7 @@ def integrate(
         for leaf, state in enumerate(y):
             k = velocities[leaf] if update.dense else update.pick(velocities[leaf])
             checkpoint = x[leaf] if rounded[leaf] else None
-            rk_update(
-                state, k, h, weights, y_next[leaf], checkpoint, compensation[leaf], overflow_step, step
-            )
+            rk_update(state, k, h, weights, y_next[leaf], checkpoint, compensation[leaf], overflow_step, step)
         y = y_next
         outputs.keep(y)
 
@@ -137,7 +134,7 @@ def _warn_of_overflow(problem: Problem, step: int) -> None:
     if step >= problem.grid.steps:
         return
     warnings.warn(
-        f"the state left the range of float16 (65504) in step {step} of {problem.grid.steps}, between"
+        f"the state or its velocity left the range of float16 (65504) in step {step} of {problem.grid.steps}, between"
         f" t = {times[step]:.6g} and t = {times[step + 1]:.6g}; use bfloat16, which has the range of float32, or"
         " smaller steps",
         RuntimeWarning,

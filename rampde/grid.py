@@ -170,9 +170,7 @@ class Slices:
         return self._slices[offset]
 
 
-def stage_times(
-    points: Tensor, nodes: tuple[float, ...], dtype: torch.dtype, perturb: bool
-) -> tuple[Tensor, Tensor]:
+def stage_times(points: Tensor, nodes: tuple[float, ...], dtype: torch.dtype, perturb: bool) -> tuple[Tensor, Tensor]:
     """Step sizes (N,) and the times (N, s) at which f is evaluated, the latter rounded once to ``dtype``.
 
     With ``perturb`` the first and the last time of a step move by one unit in the last place into the step.
@@ -187,4 +185,3 @@ def stage_times(
             time = torch.nextafter(time, (end if node == 0.0 else start).to(dtype))
         columns.append(time)
     return h, torch.stack(columns, dim=1)
-

@@ -51,9 +51,7 @@ def interpolate(problem: Problem, states: list[Tensor], t: Tensor, method: str) 
             results.append([y0 + theta.to(y0.dtype) * (y1 - y0) for y0, y1 in pairs])
             continue
         k0, k1 = velocity_at(start), velocity_at(end)
-        results.append(
-            [_hermite(theta, h, y0, y1, k0[leaf], k1[leaf]) for leaf, (y0, y1) in enumerate(pairs)]
-        )
+        results.append([_hermite(theta, h, y0, y1, k0[leaf], k1[leaf]) for leaf, (y0, y1) in enumerate(pairs)])
     dtypes = [leaf.real_dtype for leaf in problem.velocity.spec.leaves]
     return [torch.stack([result[leaf] for result in results]).to(dtype) for leaf, dtype in enumerate(dtypes)]
 
@@ -74,7 +72,7 @@ def _velocity(problem: Problem, time: Tensor, y: list[Tensor]) -> list[Tensor]:
     if problem.checkpoint == "tape" or not torch.is_grad_enabled():
         x = [leaf.to(dtype) for leaf, dtype in zip(y, problem.velocity.dtypes, strict=True)]
         return problem.velocity.evaluate(time, x)
-    return list(_Evaluation.apply(problem, time, len(y), *y, *problem.captures))
+    return list(_Evaluation.apply(problem, time, len(y), *y, *problem.captures))  # type: ignore[no-untyped-call]
 
 
 class _Evaluation(torch.autograd.Function):

@@ -67,7 +67,5 @@ def get_tableau(method: str | ButcherTableau | None) -> ButcherTableau:
     known = ", ".join(f'"{name}"' for name in METHODS)
     if method is None or method in ADAPTIVE:
         given = "None, which means dopri5" if method is None else f'"{method}"'
-        raise ValueError(
-            f"method is {given}: adaptive steps are not part of this release; expected one of {{{known}}}"
-        )
+        raise ValueError(f"method is {given}: adaptive steps are not part of this release; expected one of {{{known}}}")
     raise ValueError(f'Invalid method "{method}". Must be one of {{{known}}}.')

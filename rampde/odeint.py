@@ -172,9 +172,7 @@ def _check_tolerance(name: str, value: object, spec: StateSpec) -> None:
             raise ValueError(f"{name} is {value!r}, expected a number that is not negative")
 
 
-def _check_options(
-    options: dict[str, Any] | None, tableau: ButcherTableau, method: object
-) -> dict[str, Any]:
+def _check_options(options: dict[str, Any] | None, tableau: ButcherTableau, method: object) -> dict[str, Any]:
     if options is None:
         options = {}
     if not isinstance(options, dict):
@@ -219,7 +217,7 @@ def _scaler(loss_scaler: object) -> tuple[DynamicScaler | None, bool]:
         return automatic_scaler(), False
     if isinstance(loss_scaler, DynamicScaler):
         return loss_scaler, False
-    if loss_scaler is True or isinstance(loss_scaler, str | int | float | Tensor) and loss_scaler is not False:
+    if loss_scaler is True or (isinstance(loss_scaler, str | int | float | Tensor) and loss_scaler is not False):
         raise TypeError(f"loss_scaler is {loss_scaler!r}, expected None, False, a DynamicScaler or a GradScaler")
     return None, True
 

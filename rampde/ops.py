@@ -33,9 +33,7 @@ SCHEMAS = {
         "(Tensor(a!) scale_state, Tensor?[] gradients, float target, float decrease_factor,"
         " float increase_factor, int increase_interval, float delta, int steps) -> ()"
     ),
-    "accumulate_gradients": (
-        "(Tensor(a!)[] totals, Tensor?[] gradients, Tensor h, Tensor? scale_state=None) -> ()"
-    ),
+    "accumulate_gradients": ("(Tensor(a!)[] totals, Tensor?[] gradients, Tensor h, Tensor? scale_state=None) -> ()"),
 }
 
 _library = torch.library.Library("rampde", "DEF")
@@ -45,7 +43,7 @@ for _name, _schema in SCHEMAS.items():
 
 TRITON_OPERATORS: tuple[str, ...] = ()
 if find_spec("triton") is not None:
-    from rampde import kernels
+    from rampde import kernels  # type: ignore[attr-defined]
 
     TRITON_OPERATORS = tuple(kernels.OPERATORS)
     for _name, _launch in kernels.OPERATORS.items():

@@ -57,13 +57,15 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
             return integrate(problem, y0, h, times, None)
     after = RandomState.current(velocity.spec.device)
     problem.random = None if before.equals(after) else before
-    outputs = _AdjointSolve.apply(problem, captures.observed, h, times, points, *y0, *captures.tensors)
-    if problem.checkpoint == "step" and problem.random is None:
-        if not after.equals(RandomState.current(velocity.spec.device)):
-            raise RuntimeError(
-                "func drew random numbers, though none in its first evaluation, so they cannot be replayed in the"
-                ' backward pass; use checkpoint="none"'
-            )
+    outputs = _AdjointSolve.apply(  # type: ignore[no-untyped-call]
+        problem, captures.observed, h, times, points, *y0, *captures.tensors
+    )
+    replayable = problem.checkpoint != "step" or problem.random is not None
+    if not replayable and not after.equals(RandomState.current(velocity.spec.device)):
+        raise RuntimeError(
+            "func drew random numbers, though none in its first evaluation, so they cannot be replayed in the"
+            ' backward pass; use checkpoint="none"'
+        )
     return list(outputs)
 
 
@@ -94,9 +96,7 @@ def _solve_taped(problem: Problem, y0: list[Tensor], points: Tensor) -> list[Ten
     velocity = problem.velocity
     first = None
     if points.shape[0] > 1:
-        _, times = stage_times(
-            points[:2], problem.tableau.nodes[:1], velocity.spec.time_dtype, problem.perturb
-        )
+        _, times = stage_times(points[:2], problem.tableau.nodes[:1], velocity.spec.time_dtype, problem.perturb)
         x = [leaf.to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
         first = Stage(times[0, 0], x, velocity.evaluate_first(times[0, 0], x))
     return integrate_taped(problem, y0, points, first)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 from torch.utils._pytree import keystr as path_to_string
 
 State = object  # a tensor, or any nesting of tuples, lists and dicts of tensors
@@ -112,9 +112,7 @@ class StateSpec:
         flags = [leaf.dtype.is_complex for leaf in self.leaves]
 
         def assemble(leaves: list[Tensor]) -> State:
-            values = [
-                torch.view_as_complex(leaf) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)
-            ]
+            values = [torch.view_as_complex(leaf) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
             return tree_unflatten(values, self._tree)
 
         return assemble
@@ -122,19 +120,14 @@ class StateSpec:
     def velocity_leaves(self, k: object) -> list[Tensor]:
         """Real leaves of what f returned; a list is taken where the state is a tuple."""
         if self.is_tensor:
-            leaves = [k]
-        elif isinstance(k, tuple | list):
-            leaves = list(k) if self._is_tuple else tree_flatten(k)[0]
+            leaves: list[Tensor] = [k]  # type: ignore[list-item]  # checked once, by check_velocity
+        elif self._is_tuple:
+            leaves = list(k)  # type: ignore[call-overload]  # likewise
         else:
             leaves = tree_flatten(k)[0]
-        if not self._any_complex:
-            return leaves  # type: ignore[return-value]  # checked at the first call, see check_velocity
-        return [
-            torch.view_as_real((k if k.is_complex() else k.to(leaf.dtype)).resolve_conj())
-            if leaf.dtype.is_complex and isinstance(k, Tensor)
-            else k
-            for k, leaf in zip(leaves, self.leaves, strict=True)
-        ]  # type: ignore[return-value]
+        if self._any_complex:
+            return [_as_real(value, leaf) for value, leaf in zip(leaves, self.leaves, strict=True)]
+        return leaves
 
     def check_velocity(self, k: object) -> None:
         """Raises TypeError or ValueError unless ``k``, returned by f, fits the state.
@@ -165,8 +158,13 @@ class StateSpec:
                 raise TypeError(f"{where} dtype {value.dtype}, expected a real dtype, as y0 has {leaf.dtype}")
 
 
-def tree_structure_name(tree: object) -> str:
+def _as_real(k: Tensor, leaf: Leaf) -> Tensor:
+    """A velocity as the solver holds it: where the state is complex, f may return a real one."""
+    if not leaf.dtype.is_complex:
+        return k
+    return torch.view_as_real((k if k.is_complex() else k.to(leaf.dtype)).resolve_conj())
+
+
+def tree_structure_name(tree: TreeSpec) -> str:
     """A readable form of a pytree structure: ``(*, *)`` for a pair."""
-    return str(tree_unflatten(["*"] * tree.num_leaves, tree)).replace("'", "")  # type: ignore[attr-defined]
-
-
+    return str(tree_unflatten(["*"] * tree.num_leaves, tree)).replace("'", "")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Coefficient = int | float | Fraction
 Velocity = TypeVar("Velocity")
@@ -33,6 +33,15 @@ class Combination:
     def pick(self, velocities: list[Velocity]) -> list[Velocity]:
         """The velocities that have a weight."""
         return [velocities[stage] for stage in self.stages]
+
+
+class StageCotangent(NamedTuple):
+    """``w_i = b lam + sum_j a_j g_j`` over the later stages ``j`` whose input holds ``k_i``."""
+
+    stage: int
+    b: float
+    later: tuple[int, ...]
+    a: list[float]
 
 
 @dataclass(frozen=True)
@@ -113,17 +122,17 @@ class ButcherTableau:
         return _combination(self.b)
 
     @cached_property
-    def stage_cotangents(self) -> tuple[Combination, ...]:
-        """For each stage ``i`` the later stages whose input holds ``k_i``: column ``i`` of ``a``."""
-        columns = []
-        for i in range(self.stages):
-            columns.append(_combination([row[i] if i < len(row) else 0 for row in self.a]))
-        return tuple(columns)
-
-    @cached_property
-    def update_weights(self) -> tuple[float, ...]:
-        """``b`` as floats."""
-        return tuple(float(weight) for weight in self.b)
+    def cotangents(self) -> tuple[StageCotangent, ...]:
+        """What makes up the cotangent of each stage, last stage first; stages that affect nothing are left out."""
+        cotangents: list[StageCotangent] = []
+        used: set[int] = set()
+        for i in reversed(range(self.stages)):
+            later = [j for j in range(i + 1, self.stages) if j in used and self.a[j][i] != 0]
+            if self.b[i] != 0 or later:
+                used.add(i)
+                weights = [float(self.a[j][i]) for j in later]
+                cotangents.append(StageCotangent(i, float(self.b[i]), tuple(later), weights))
+        return tuple(cotangents)
 
     @cached_property
     def order(self) -> int:

@@ -25,7 +25,8 @@ class Combination(torch.autograd.Function):
         y: Tensor, h: Tensor, dtype: torch.dtype, a: list[float], compensation: Tensor | None, *k: Tensor
     ) -> Tensor:
         if compensation is None:
-            return rk_stage(y, list(k), h, a, dtype)
+            result: Tensor = rk_stage(y, list(k), h, a, dtype)
+            return result
         result = torch.empty_like(y)
         rk_update(y, list(k), h, a, result, None, compensation)
         return result
@@ -45,7 +46,7 @@ class Combination(torch.autograd.Function):
         grad_h = None
         if ctx.needs_input_grad[1]:
             products = [a * (grad * value.to(grad.dtype)).sum() for a, value in zip(ctx.a, k, strict=True)]
-            grad_h = sum(products, start=grad.new_zeros(())).to(h.dtype)  # type: ignore[union-attr]
+            grad_h = sum(products, start=grad.new_zeros(())).to(h.dtype)
         grad_k = [(a * scaled).to(value.dtype) for a, value in zip(ctx.a, k, strict=True)]
         return grad.to(ctx.y_dtype), grad_h, None, None, None, *grad_k
 
@@ -63,9 +64,7 @@ class Combination(torch.autograd.Function):
         return total.to(ctx.dtype)
 
 
-def integrate_taped(
-    problem: Problem, y0: Sequence[Tensor], points: Tensor, first: Stage | None = None
-) -> list[Tensor]:
+def integrate_taped(problem: Problem, y0: Sequence[Tensor], points: Tensor, first: Stage | None = None) -> list[Tensor]:
     """As :func:`rampde.forward.integrate`, every operation recorded by autograd.
 
     ``first``: the first stage, where it has been evaluated from ``y0`` on the tape already.
@@ -94,9 +93,7 @@ def integrate_taped(
         ]
         if step + 1 in kept:
             results.append(y)
-    return [
-        torch.stack([state[n] for state in results]).to(dtype) for n, dtype in enumerate(problem.output_dtypes)
-    ]
+    return [torch.stack([state[n] for state in results]).to(dtype) for n, dtype in enumerate(problem.output_dtypes)]
 
 
 def _combine(
@@ -104,5 +101,5 @@ def _combine(
 ) -> Tensor:
     if not k:
         return y.to(dtype)
-    result: Tensor = Combination.apply(y, h, dtype, a, compensation, *k)
+    result: Tensor = Combination.apply(y, h, dtype, a, compensation, *k)  # type: ignore[no-untyped-call]
     return result

@@ -65,9 +65,7 @@ class Velocity:
         self.spec = spec
         self.autocast = AutocastState.current(spec.device.type)
         self.dtypes = [self._input_dtype(leaf.dtype, velocity_dtype) for leaf in spec.leaves]
-        self.half = torch.float16 in self.dtypes or (
-            self.autocast.enabled and self.autocast.dtype == torch.float16
-        )
+        self.half = torch.float16 in self.dtypes or (self.autocast.enabled and self.autocast.dtype == torch.float16)
         self.evaluate = self._plain_call() if spec.is_tensor else self._structured_call()
 
     def _input_dtype(self, dtype: torch.dtype, velocity_dtype: torch.dtype | None) -> torch.dtype:
@@ -118,7 +116,7 @@ def vector_jacobian_product(
             break
     # what torch.autograd.grad calls, without its checks of arguments that are right by construction: they cost
     # as much as the engine itself for a small f
-    return _engine_run_backward(  # type: ignore[no-any-return]
+    return _engine_run_backward(
         tuple(k),
         tuple(cotangents),
         retain_graph,
