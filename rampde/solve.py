@@ -114,6 +114,9 @@ class _AdjointSolve(torch.autograd.Function):
         checkpoints = new_checkpoints(problem)
         outputs = integrate(problem, [leaf.detach() for leaf in y0], h, times, checkpoints)
         problem.first = None
+        if problem.velocity.autocast.enabled and not checkpoints.needs_graph:
+            # casts made above without a graph would detach these parameters in the rest of the caller's region
+            torch.clear_autocast_cache()
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.checkpoints, ctx.observed = problem, checkpoints, observed
         # only what f was seen to use is checked for changes in place: the rest may be no business of the solve

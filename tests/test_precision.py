@@ -176,3 +176,22 @@ def test_leaving_the_range_of_float16_is_named(scaler):
             velocity_dtype=torch.float16,
             loss_scaler=scaler,
         )
+
+
+@pytest.mark.parametrize("checkpoint", ["step", "none"])
+def test_a_solve_leaves_no_detached_casts_behind(checkpoint):
+    """Layers that f reaches only later, used again by the caller in the same autocast region, with backward in it."""
+    bank = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = odeint(
+            lambda t, y: bank[int(t >= 0.5)](y),
+            torch.randn(3, 4),
+            torch.linspace(0, 1, 5),
+            method="euler",
+            checkpoint=checkpoint,
+        )
+        after = bank[1](y[-1])
+        assert after.requires_grad
+        after.sum().backward()
+    for layer in bank:
+        assert torch.count_nonzero(layer.weight.grad) > 0
