@@ -42,7 +42,9 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, getattr(eager, _name), "CompositeExplicitAutograd")
 
 TRITON_OPERATORS: tuple[str, ...] = ()
-if find_spec("triton") is not None:
+_triton = find_spec("triton")
+# a mere folder of that name on the path has no origin
+if _triton is not None and _triton.origin is not None:
     from rampde import kernels  # type: ignore[attr-defined]
 
     TRITON_OPERATORS = tuple(kernels.OPERATORS)

@@ -1,0 +1,27 @@
+"""Device functions that the kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_weighted(total, term_ptrs, h_ptr, coefficients: tl.constexpr, offsets, mask):  # [BLOCK]
+    """``total + sum_j h * coefficients[j] * terms[j]`` at ``offsets``, in the dtype of ``total``.
+
+    The weights are formed in float64, where both factors are exact, and rounded once.
+    """
+    h = tl.load(h_ptr).to(tl.float64)
+    for j in tl.static_range(len(coefficients)):
+        # a bare float would become an fp32 constant wherever triton has no fp64 operand beside it
+        weight = (h * tl.full((), coefficients[j], tl.float64)).to(total.dtype)
+        total += tl.load(term_ptrs[j] + offsets, mask=mask).to(total.dtype) * weight
+    return total
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):  # [BLOCK]
+    """``value`` in ``dtype``, to nearest even."""
+    # float64 reaches 16 bits through float32, as it does in pytorch
+    if dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(dtype)

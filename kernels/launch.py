@@ -1,0 +1,81 @@
+"""The launch that the kernels share: its geometry, its device, and the memory of what Triton compiled."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+"""Elements of a program. With the 4 warps below that is 8 per thread: one 128-bit access of a 16-bit operand,
+two of a 32-bit one. More would only leave fewer programs to small states, less would split the accesses."""
+
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+"""Products are rounded before they are added, as by the oracle, so that both agree to the bit (but for
+Blackwell under Triton 3.6, whose ptxas 12.9 fuses packed products all the same); the fma that this gives up
+costs nothing where memory is the limit."""
+
+ALIGNMENT = 16
+"""Bytes: Triton compiles other code, with narrower accesses, for a pointer that is not a multiple of it."""
+
+# on rocm triton specialises on the size of a tensor as well, which the key below does not hold
+_REUSABLE = torch.version.hip is None
+
+_ON_CURRENT_DEVICE: AbstractContextManager[None] = nullcontext()
+
+
+class Launcher:
+    """Launches ``kernel(y, terms, *outputs, *cells, *integers, numel, coefficients, accumulation, BLOCK)``.
+
+    Triton's own path examines every argument at every call; remembering the compiled kernel under a key of
+    our own halves the host time of a launch. ``cells`` are 0-dim tensors, absent ones None. The kernel must
+    specialise neither on them nor on integers: a step size that is a view into a grid of them is aligned to
+    8 bytes only, and the number of the step changes at every call.
+    """
+
+    def __init__(self, kernel: triton.JITFunction) -> None:
+        self._kernel = kernel
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        y: Tensor,
+        terms: tuple[Tensor, ...],
+        outputs: tuple[Tensor | None, ...],
+        cells: tuple[Tensor | None, ...],
+        integers: tuple[int, ...],
+        coefficients: tuple[float, ...],
+        accumulation: tl.dtype,
+    ) -> None:
+        numel = y.numel()
+        grid = (-(-numel // BLOCK), 1, 1)
+        arguments = (y, terms, *outputs, *cells, *integers, numel, coefficients, accumulation, BLOCK)
+        addresses = y.data_ptr()
+        key: list[Any] = [y.get_device(), coefficients, y.dtype]
+        for tensor in terms + outputs:
+            if tensor is None:
+                key.append(None)
+            else:
+                addresses |= tensor.data_ptr()
+                key.append(tensor.dtype)
+        key.extend(None if cell is None else cell.dtype for cell in cells)
+        signature = tuple(key)
+        aligned = addresses % ALIGNMENT == 0 and _REUSABLE
+        with _device_of(y):
+            compiled = self._compiled.get(signature) if aligned else None
+            if compiled is not None:
+                compiled[grid](*arguments)
+                return
+            compiled = self._kernel[grid](*arguments, **OPTIONS)
+            # triton's interpreter compiles nothing
+            if aligned and compiled is not None:
+                self._compiled[signature] = compiled
+
+
+def _device_of(y: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device; changing it costs microseconds, so only where it differs."""
+    if not y.is_cuda or y.get_device() == torch.cuda.current_device():
+        return _ON_CURRENT_DEVICE
+    return torch.cuda.device(y.device)

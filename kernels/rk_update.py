@@ -1,0 +1,123 @@
+"""``rampde::rk_update`` on the GPU: the end of a step, with all it leaves behind, in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rampde.kernels import operands
+from rampde.kernels.elementwise import add_weighted, rounded
+from rampde.kernels.launch import Launcher
+
+
+@triton.jit
+def _note_overflow(stored, overflow_ptr, step, mask):
+    """Lowers the step at ``overflow_ptr`` to ``step`` where an element of ``stored`` is not finite."""
+    # 16-bit comparisons do not exist on every architecture; a comparison with nan is false too
+    wide = stored.to(tl.float64 if stored.dtype == tl.float64 else tl.float32)
+    overflowed = ~(tl.abs(wide) < float("inf"))
+    if mask is not None:
+        overflowed = overflowed & mask
+    # reduced first, so that a state full of nan costs one atomic a block; a minimum shows no order
+    found = tl.max(overflowed.to(tl.int32), axis=0)
+    tl.atomic_min(overflow_ptr, step, mask=found != 0, sem="relaxed")
+
+
+@triton.jit
+def _update_block(
+    y_ptr,
+    k_ptrs,
+    next_ptr,
+    checkpoint_ptr,
+    compensation_ptr,
+    h_ptr,
+    overflow_ptr,
+    step,
+    coefficients: tl.constexpr,
+    accumulation: tl.constexpr,
+    offsets,  # [BLOCK]
+    mask,  # [BLOCK], or None for a full block
+):
+    base = tl.load(y_ptr + offsets, mask=mask).to(accumulation)
+    if compensation_ptr is None:
+        total = add_weighted(base, k_ptrs, h_ptr, coefficients, offsets, mask)
+    else:
+        increment = tl.load(compensation_ptr + offsets, mask=mask).to(accumulation)
+        increment = add_weighted(increment, k_ptrs, h_ptr, coefficients, offsets, mask)
+        # sums alone, so there is no product to contract into an fma, and nothing here may be reassociated
+        total = base + increment
+        shifted = total - base
+        lost = (base - (total - shifted)) + (increment - shifted)
+        tl.store(compensation_ptr + offsets, rounded(lost, compensation_ptr.dtype.element_ty), mask=mask)
+    stored = rounded(total, next_ptr.dtype.element_ty)
+    tl.store(next_ptr + offsets, stored, mask=mask)
+    if checkpoint_ptr is not None:
+        stored = rounded(total, checkpoint_ptr.dtype.element_ty)
+        tl.store(checkpoint_ptr + offsets, stored, mask=mask)
+    if overflow_ptr is not None:
+        _note_overflow(stored, overflow_ptr, step, mask)
+
+
+# what changes from step to step must not make another kernel: see Launcher
+@triton.jit(do_not_specialize=["h_ptr", "overflow_ptr", "step", "numel"])
+def rk_update_kernel(
+    y_ptr,
+    k_ptrs,  # a tuple, one pointer per coefficient
+    next_ptr,
+    checkpoint_ptr,  # or None, as compensation_ptr and overflow_ptr
+    compensation_ptr,
+    h_ptr,
+    overflow_ptr,
+    step: tl.int64,
+    numel: tl.int64,
+    coefficients: tl.constexpr,
+    accumulation: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    # a mask of unknown alignment splits every access into single elements, so only the last block has one
+    if start + BLOCK <= numel:
+        _update_block(
+            y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, h_ptr, overflow_ptr, step,
+            coefficients, accumulation, offsets, None,
+        )  # fmt: skip
+    else:
+        _update_block(
+            y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, h_ptr, overflow_ptr, step,
+            coefficients, accumulation, offsets, offsets < numel,
+        )  # fmt: skip
+
+
+_launch = Launcher(rk_update_kernel)
+
+
+def rk_update(
+    y: Tensor,
+    k: Sequence[Tensor],
+    h: Tensor,
+    b: Sequence[float],
+    y_next: Tensor,
+    checkpoint: Tensor | None = None,
+    compensation: Tensor | None = None,
+    overflow_step: Tensor | None = None,
+    step: int = 0,
+) -> None:
+    """End of a step; :func:`rampde.eager.rk_update` says what it means."""
+    operands.check_state("rk_update", y, h)
+    terms, coefficients = operands.used_terms("rk_update", "k", y, k, b)
+    operands.check_output("rk_update", "y_next", y, y_next)
+    accumulation = operands.ACCUMULATION[y.dtype]
+    if checkpoint is not None:
+        operands.check_output("rk_update", "checkpoint", y, checkpoint)
+    if compensation is not None:
+        operands.check_output("rk_update", "compensation", y, compensation)
+        if compensation.dtype == torch.float64:
+            accumulation = tl.float64
+    if overflow_step is not None:
+        operands.check_counter("rk_update", "overflow_step", y, overflow_step)
+    if y.numel():
+        outputs = (y_next, checkpoint, compensation)
+        _launch(y, terms, outputs, (h, overflow_step), (step,), coefficients, accumulation)

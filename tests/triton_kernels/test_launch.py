@@ -1,0 +1,131 @@
+"""How the Triton kernels are launched, without a GPU: one compilation serves all steps and sizes."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# not "triton" itself: without it, this very folder would be found as a namespace package of that name
+pytest.importorskip("triton.language", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from rampde.kernels import rk_stage, rk_update
+from rampde.kernels.launch import BLOCK, Launcher
+from rampde.kernels.rk_stage import rk_stage_kernel
+from rampde.kernels.rk_update import rk_update_kernel
+
+
+class StandInDriver:
+    """As much of a driver as a launch asks for; it compiles for real and runs nothing."""
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.launches: list[tuple[Any, ...]] = []
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, *arguments: Any) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *arguments: self.launches.append(arguments)
+
+
+def describe(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return [describe(item) for item in argument]
+    return (argument.data_ptr(), argument.dtype) if isinstance(argument, Tensor) else argument
+
+
+def compilations(kernel: Any) -> int:
+    return sum(len(caches[0]) for caches in kernel.device_caches.values())
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInDriver]:
+    stand_in = StandInDriver()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    # the functions' own globals: their modules' names are taken by them in the package
+    monkeypatch.setitem(rk_stage.__globals__, "_launch", Launcher(rk_stage_kernel))
+    monkeypatch.setitem(rk_update.__globals__, "_launch", Launcher(rk_update_kernel))
+    for kernel in (rk_stage_kernel, rk_update_kernel):
+        kernel.device_caches.clear()
+    triton.runtime.driver.set_active(stand_in)
+    yield stand_in
+    monkeypatch.undo()
+    for kernel in (rk_stage_kernel, rk_update_kernel):
+        kernel.device_caches.clear()
+    # what was compiled here is unloaded here
+    gc.collect()
+    # the next use looks for a real one
+    triton.runtime.driver.set_active(None)
+
+
+def test_steps_and_sizes_share_one_compilation(
+    driver: StandInDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = torch.linspace(0, 1, 9, dtype=torch.float64)
+    overflow = torch.zeros(3, dtype=torch.int64)
+    for step, size in enumerate((4096, 1, 16, 17, 5000)):
+        y, y_next = torch.empty(size), torch.empty(size)
+        k = [torch.empty(size, dtype=torch.float16) for _ in range(2)]
+        # without the memory of the launchers, which relies on just that
+        monkeypatch.setitem(rk_stage.__globals__, "_launch", Launcher(rk_stage_kernel))
+        monkeypatch.setitem(rk_update.__globals__, "_launch", Launcher(rk_update_kernel))
+        # both 0-dim operands are aligned to 8 bytes at every other step
+        h, overflow_step = grid[step], overflow[step % 3]
+        rk_stage(y, k, h, [0.5, 0.25], torch.float16)
+        rk_update(y, k, h, [0.5, 0.25], y_next, overflow_step=overflow_step, step=step)
+    assert compilations(rk_stage_kernel) == 1
+    assert compilations(rk_update_kernel) == 1
+    assert len(driver.launches) == 10
+
+
+def test_a_remembered_launch_gets_the_same_arguments(driver: StandInDriver) -> None:
+    y, h = torch.empty(4099), torch.tensor(0.1, dtype=torch.float64)
+    k = [torch.empty(4099, dtype=torch.bfloat16) for _ in range(3)]
+    checkpoint, overflow_step = torch.empty(4099, dtype=torch.bfloat16), torch.tensor(7)
+    for _ in range(2):
+        rk_update(y, k, h, [0.5, 0.0, 0.25], y, checkpoint, overflow_step=overflow_step, step=3)
+    # grid, then what describes the launch, then the kernel's own arguments
+    first, again = (describe(launch[:3] + launch[9:]) for launch in driver.launches)
+    assert first == again
+    assert first[:3] == [5, 1, 1]
+    assert first[-3:] == [[0.5, 0.25], tl.float32, BLOCK]
+
+
+def test_other_dtypes_alignments_and_coefficients_compile_anew(driver: StandInDriver) -> None:
+    h, y, k = torch.tensor(0.1, dtype=torch.float64), torch.empty(65), torch.empty(65, dtype=torch.float16)
+    for call in (
+        (y, [k], h, [0.5], torch.float16),
+        (y, [k], h, [0.25], torch.float16),
+        (y, [k], h, [0.5], torch.bfloat16),
+        (y[1:], [k[1:]], h, [0.5], torch.float16),
+        (y, [k], h.float(), [0.5], torch.float16),
+        (y, [k, k], h, [0.5, 0.5], torch.float16),
+        (y, [], h, [], torch.float16),
+    ):
+        before = compilations(rk_stage_kernel)
+        for _ in range(2):
+            rk_stage(*call)
+        assert compilations(rk_stage_kernel) == before + 1

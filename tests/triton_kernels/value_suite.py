@@ -1,0 +1,272 @@
+"""Values of the Triton kernels against float64, interpreted or on a GPU; ``test_values.py`` runs it.
+
+The interpreter truncates to bfloat16 instead of rounding, so there bfloat16 results are only claimed to one
+unit in the last place; the rounding itself is checked in the compiled code and on a GPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import tolerance
+import torch
+from torch import Tensor
+
+from rampde import eager
+from rampde.kernels import rk_stage, rk_update
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SIZES = (1, 3, 17, 1000, 4099)
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "offset": lambda x: torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x),
+}
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    torch.set_default_device("cpu" if INTERPRETED else "cuda")
+    yield
+    torch.set_default_device(None)
+
+
+def step_size(value: float = 0.1, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
+
+
+def coefficients(count: int) -> list[float]:
+    """Neither exact in binary nor of one sign."""
+    return [(-1) ** j / (3 + j) for j in range(count)]
+
+
+def exact_sum(y: Tensor, k: Sequence[Tensor], h: Tensor, a: Sequence[float]) -> Tensor:
+    total = y.double()
+    for term, coefficient in zip(k, a, strict=True):
+        if coefficient != 0.0:
+            total = total + h.double() * coefficient * term.double()
+    return total
+
+
+def assert_within_budget(found: Tensor, independent: Tensor, exact: Tensor) -> None:
+    if not (INTERPRETED and found.dtype == torch.bfloat16):
+        tolerance.assert_within_budget(found, independent, exact)
+        return
+    # one unit in the last place; the sum that is truncated carries an error of its own
+    budget = (
+        torch.finfo(found.dtype).eps * exact.abs() + 2 * torch.finfo(torch.float32).eps * exact.abs().max()
+    )
+    assert found.dtype == independent.dtype
+    assert bool(((found.double() - exact).abs() <= budget).all())
+
+
+def update_both(
+    y: Tensor, k: Sequence[Tensor], h: Tensor, b: Sequence[float], **outputs: Tensor | int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The outputs of the kernel and of the oracle, from copies of the same operands."""
+    results = []
+    for operator in (rk_update, eager.rk_update):
+        arguments = {
+            name: value.clone() if isinstance(value, Tensor) else value for name, value in outputs.items()
+        }
+        operator(y.clone(), [term.clone() for term in k], h, b, **arguments)
+        results.append(arguments)
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("y_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stage_mixes_dtypes(size: int, y_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    y = torch.randn(size).to(y_dtype)
+    k = [torch.randn(size).to(k_dtype) for k_dtype in DTYPES]
+    a = coefficients(len(k))
+    for h in (step_size(), step_size(-0.1, torch.float32)):
+        found = rk_stage(y, k, h, a, dtype)
+        assert_within_budget(found, eager.rk_stage(y, k, h, a, dtype), exact_sum(y, k, h, a))
+
+
+@pytest.mark.parametrize("count", range(17))
+def test_stage_takes_any_number_of_terms(count: int) -> None:
+    y = torch.randn(1000)
+    k = [torch.randn(1000, dtype=torch.float16) for _ in range(count)]
+    a = coefficients(count)
+    found = rk_stage(y, k, step_size(), a, torch.float32)
+    assert_within_budget(
+        found, eager.rk_stage(y, k, step_size(), a, torch.float32), exact_sum(y, k, step_size(), a)
+    )
+
+
+@pytest.mark.parametrize("y_dtype", [torch.float64, torch.float32])
+def test_backends_agree_to_the_bit(y_dtype: torch.dtype) -> None:
+    y = torch.randn(4099, dtype=y_dtype)
+    k = [torch.randn(4099).to(k_dtype) for k_dtype in DTYPES]
+    a = coefficients(4)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        assert torch.equal(rk_stage(y, k, step_size(), a, dtype), eager.rk_stage(y, k, step_size(), a, dtype))
+
+
+def test_float64_coefficients_keep_their_precision() -> None:
+    y = torch.zeros(17, dtype=torch.float64)
+    k = [torch.ones(17, dtype=torch.float64)]
+    assert torch.equal(rk_stage(y, k, step_size(1.0), [1 / 3], torch.float64), torch.full_like(y, 1 / 3))
+    assert torch.equal(rk_stage(y, k, step_size(0.1), [1.0], torch.float64), torch.full_like(y, 0.1))
+
+
+@pytest.mark.parametrize("k_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_kept(layout: str, k_layout: str) -> None:
+    y = LAYOUTS[layout](torch.randn(2, 3, 5, 7))
+    k = [LAYOUTS[k_layout](torch.randn(2, 3, 5, 7, dtype=torch.float16)) for _ in range(2)]
+    # what a network that ignores its input returns
+    k.append(torch.randn(3, 1, 1, dtype=torch.float64).expand(2, 3, 5, 7))
+    a = coefficients(3)
+    stage = rk_stage(y, k, step_size(), a, torch.float32)
+    assert stage.stride() == y.stride()
+    exact = exact_sum(y, k, step_size(), a)
+    assert_within_budget(stage, eager.rk_stage(y, k, step_size(), a, torch.float32), exact)
+    y_next, checkpoint = torch.empty_like(y), torch.empty_like(y, dtype=torch.float16)
+    rk_update(y, k, step_size(), a, y_next, checkpoint)
+    assert torch.equal(y_next, stage)
+    assert torch.equal(checkpoint, stage.half())
+
+
+def test_strides_of_single_dimensions_do_not_matter() -> None:
+    y = torch.randn(4, 1, 3)
+    k = torch.randn(4, 3).as_strided((4, 1, 3), (3, 77, 1))
+    y_next = torch.empty(12).as_strided((4, 1, 3), (3, 55, 1))
+    rk_update(y, [k], step_size(), [1.0], y_next)
+    assert torch.equal(y_next, eager.rk_stage(y, [k], step_size(), [1.0], torch.float32))
+
+
+def test_zero_coefficients_are_not_read() -> None:
+    y = torch.randn(17)
+    k = [torch.randn(17), torch.full((17,), torch.nan), torch.empty(3, dtype=torch.int32)]
+    stage = rk_stage(y, k, step_size(), [0.5, 0.0, -0.0], torch.float32)
+    assert torch.equal(stage, rk_stage(y, k[:1], step_size(), [0.5], torch.float32))
+    y_next = torch.empty_like(y)
+    rk_update(y, k[1:], step_size(), [0.0, 0.0], y_next)
+    assert torch.equal(y_next, y)
+
+
+def test_empty_states_are_checked_and_left() -> None:
+    y = torch.empty(0, 3)
+    assert rk_stage(y, [y], step_size(), [1.0], torch.float16).shape == (0, 3)
+    overflow = torch.tensor(9)
+    rk_update(y, [y], step_size(), [1.0], torch.empty_like(y), overflow_step=overflow, step=2)
+    assert overflow.item() == 9
+    with pytest.raises(ValueError, match=r"rk_stage: k\[0\]"):
+        rk_stage(y, [torch.empty(0, 4)], step_size(), [1.0], torch.float16)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("next_dtype", DTYPES)
+@pytest.mark.parametrize("checkpoint_dtype", [None, *DTYPES])
+def test_update_writes_every_output(
+    size: int, next_dtype: torch.dtype, checkpoint_dtype: torch.dtype | None
+) -> None:
+    k = [torch.randn(size).to(k_dtype) for k_dtype in DTYPES]
+    b = coefficients(len(k))
+    for y in (torch.randn(size), torch.randn(size, dtype=torch.float64), torch.randn(size).half()):
+        outputs = {"y_next": torch.empty(size, dtype=next_dtype)}
+        if checkpoint_dtype is not None:
+            outputs["checkpoint"] = torch.empty(size, dtype=checkpoint_dtype)
+        found, independent = update_both(y, k, step_size(), b, **outputs)
+        for name in outputs:
+            assert_within_budget(found[name], independent[name], exact_sum(y, k, step_size(), b))
+
+
+def test_update_in_place_and_of_itself() -> None:
+    for dtype in (torch.float32, torch.float16):
+        y = torch.randn(4099).to(dtype)
+        expected = torch.empty_like(y)
+        eager.rk_update(y, [y, y], step_size(), [0.5, 0.25], expected)
+        rk_update(y, [y, y], step_size(), [0.5, 0.25], y)
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compensation_is_the_oracles_to_the_bit(dtype: torch.dtype) -> None:
+    # of all magnitudes, so that the increment is the larger summand here and there
+    y = torch.randn(4099, dtype=dtype) * 10 ** (-10 * torch.rand(4099, dtype=dtype))
+    k = [torch.randn(4099).half() for _ in range(3)]
+    compensation = 1e-8 * torch.randn_like(y)
+    found, expected = update_both(
+        y, k, step_size(1e-4), coefficients(3), y_next=torch.empty_like(y), compensation=compensation
+    )
+    assert bool((expected["compensation"] != 0).any())
+    assert torch.equal(found["y_next"], expected["y_next"])
+    assert torch.equal(found["compensation"], expected["compensation"])
+
+
+def test_compensation_carries_what_a_sum_loses() -> None:
+    k = torch.rand(17)
+    plain, compensated, compensation = torch.ones(17), torch.ones(17), torch.zeros(17)
+    steps, h = 100, step_size(1e-5)
+    for _ in range(steps):
+        rk_update(plain, [k], h, [1.0], plain)
+        rk_update(compensated, [k], h, [1.0], compensated, compensation=compensation)
+    exact = 1 + steps * h * k.double()
+    eps = torch.finfo(torch.float32).eps
+    assert bool(((compensated.double() - exact).abs() <= eps).all())
+    assert (plain.double() - exact).abs().max() > 8 * eps
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize(("size", "where"), [(1, 0), (17, 16), (4099, 0), (4099, 4098)])
+def test_overflow_lowers_the_step(size: int, where: int, value: float) -> None:
+    y = torch.randn(size)
+    y[where] = value
+    for before, expected in ((9, 5), (5, 5), (2, 2)):
+        overflow = torch.tensor(before)
+        rk_update(y, [], step_size(), [], torch.empty_like(y), overflow_step=overflow, step=5)
+        assert overflow.item() == expected
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_overflow_is_that_of_the_stored_checkpoint() -> None:
+    for value, checkpoint_dtype, overflows in (
+        (70000.0, torch.float16, True),
+        (70000.0, torch.bfloat16, False),
+        (70000.0, None, False),
+        (1e300, None, False),
+        (1e300, torch.float32, True),
+    ):
+        y = torch.full((4099,), value, dtype=torch.float64)
+        checkpoint = None if checkpoint_dtype is None else torch.empty_like(y, dtype=checkpoint_dtype)
+        overflow = torch.tensor(9)
+        rk_update(y, [], step_size(), [], torch.empty_like(y), checkpoint, overflow_step=overflow, step=5)
+        assert overflow.item() == (5 if overflows else 9)
+
+
+def test_errors_say_what_was_found_and_expected() -> None:
+    y, h = torch.randn(4, 3), step_size()
+    cases: list[tuple[str, Callable[[], object]]] = [
+        (r"rk_stage: y has dtype torch.int64, expected", lambda: rk_stage(y.long(), [], h, [], torch.half)),
+        (r"rk_stage: y of shape .* expected a dense", lambda: rk_stage(y[:, :2], [], h, [], torch.half)),
+        (
+            r"rk_stage: y of shape .* expected a dense",
+            lambda: rk_stage(y[:1].expand(4, 3), [], h, [], torch.half),
+        ),
+        (
+            r"rk_stage: h is .*shape \(1,\).*expected a 0-dim",
+            lambda: rk_stage(y, [], h[None], [], torch.half),
+        ),
+        (r"rk_stage: h is .*float16", lambda: rk_stage(y, [], h.half(), [], torch.half)),
+        (r"rk_stage: dtype is torch.int32, expected", lambda: rk_stage(y, [], h, [], torch.int32)),
+        (r"rk_stage: k has 1 terms, expected 2", lambda: rk_stage(y, [y], h, [1.0, 2.0], torch.half)),
+        (r"rk_stage: k\[1\] is .*\(3, 4\)", lambda: rk_stage(y, [y, y.T], h, [1.0, 2.0], torch.half)),
+        (r"rk_stage: k\[0\] is .*on meta", lambda: rk_stage(y, [y.to("meta")], h, [1.0], torch.half)),
+        (r"rk_update: k\[0\] is .*int64", lambda: rk_update(y, [y.long()], h, [1.0], y)),
+        (r"rk_update: y_next is .*\(4, 2\)", lambda: rk_update(y, [], h, [], y[:, :2])),
+        (r"rk_update: y_next has strides", lambda: rk_update(y, [], h, [], torch.empty(3, 4).T)),
+        (r"rk_update: checkpoint has strides", lambda: rk_update(y, [], h, [], y, torch.empty(3, 4).T)),
+        (r"rk_update: compensation is .*int32", lambda: rk_update(y, [], h, [], y, None, y.int())),
+        (r"rk_update: overflow_step is .*float32", lambda: rk_update(y, [], h, [], y, None, None, y[0, 0])),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
