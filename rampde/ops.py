@@ -45,6 +45,8 @@ TRITON_OPERATORS: tuple[str, ...] = ()
 _triton = find_spec("triton")
 # a mere folder of that name on the path has no origin
 if _triton is not None and _triton.origin is not None:
+    if find_spec("rampde.kernels") is None:
+        raise ImportError("rampde is not installed: run `pip install --no-build-isolation -e .` in its source folder")
     from rampde import kernels  # type: ignore[attr-defined]
 
     TRITON_OPERATORS = tuple(kernels.OPERATORS)

@@ -1,0 +1,148 @@
+"""The calls that are timed: every operator as rk4_classic calls it, and the check that must pass before."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rampde import eager, ops, scaling
+
+PARAMETERS = 16
+# elements compared with the oracle: the whole operand up to here, its end beyond
+CHECKED = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operator: its arguments, which of them it writes, and the bytes that it must move."""
+
+    name: str
+    operator: str
+    arguments: tuple[Any, ...]
+    written: tuple[int, ...]
+    bytes: int
+    scale_state: Tensor | None = None
+
+
+def _state(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(n, dtype=torch.float32, device=device).to(dtype)
+
+
+def _size(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def cases(n: int, velocity: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Every operator as rk4_classic calls it, with ``n`` state elements or parameters."""
+    y = _state(n, torch.float32, device)
+    k = [_state(n, velocity, device) for _ in range(4)]
+    h = torch.full((), 0.01, dtype=torch.float64, device=device)
+    v = _size(velocity)
+    rounded = v < 4
+
+    scale = torch.zeros(scaling.STATE_SIZE, device=device)
+    scale[[scaling.SCALE, scaling.SCALE_OF_STEP]] = 256.0
+    scale[[scaling.FINITE, scaling.HEADROOM]] = 1.0
+
+    # the last stage: two of three coefficients are zero and cost nothing
+    yield Case("rk_stage", "rk_stage", (y, k[:3], h, (0.0, 0.0, 1.0), velocity), (), (4 + 2 * v) * n)
+
+    b = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+    after = torch.empty_like(y)
+    checkpoint = torch.empty_like(k[0]) if rounded else None
+    overflow = torch.full((), 2**62, dtype=torch.int64, device=device) if velocity == torch.float16 else None
+    moved = (8 + 4 * v + (v if rounded else 0)) * n
+    yield Case("rk_update", "rk_update", (y, k, h, b, after, checkpoint, None, overflow), (4, 5, 7), moved)
+    compensation = torch.zeros_like(y)
+    arguments: tuple[Any, ...] = (y, k, h, b, after, checkpoint, compensation, overflow)
+    yield Case("rk_update, compensated", "rk_update", arguments, (4, 5, 6, 7), moved + 8 * n)
+    del checkpoint, compensation
+
+    # the second stage backwards: b_2 = 1/3, and of the later stages only the third has a coefficient
+    arguments = (y, k[:2], h, 1 / 3, (0.5, 0.0), velocity, scale)
+    yield Case("adjoint_stage", "adjoint_stage", arguments, (), (4 + 2 * v) * n, scale)
+
+    arguments = (y, k, h, None, after, scale)
+    yield Case("adjoint_update", "adjoint_update", arguments, (4, 5), (8 + 4 * v) * n, scale)
+    del after
+
+    # a network of PARAMETERS tensors: the state above, cut up
+    totals = list(y.tensor_split(PARAMETERS))
+    gradients = [piece for stage in k for piece in stage.tensor_split(PARAMETERS)]
+    arguments = (totals, gradients, h, scale)
+    yield Case("accumulate_gradients", "accumulate_gradients", arguments, (0,), (8 + 4 * v) * n, scale)
+
+    arguments = (scale, gradients, 4.0, 0.5, 2.0, 1000, 0.0, 1)
+    yield Case("update_scale", "update_scale", arguments, (0,), 4 * v * n, scale)
+
+
+def _convert(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [_convert(item, change) for item in value]
+    return value
+
+
+def _end(tensor: Tensor) -> Tensor:
+    return tensor[-CHECKED:] if tensor.ndim else tensor
+
+
+def _results(returned: Any, arguments: Sequence[Any], written: Sequence[int]) -> list[Tensor]:
+    found = [] if returned is None else [returned]
+    for index in written:
+        found += _tensors(arguments[index])
+    return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def verify(case: Case) -> float:
+    """Largest error of the operator against the float64 oracle, as a fraction of what is allowed.
+
+    Allowed is twice the sum of the error that plain ATen makes at the same precision and one unit in the last
+    place of the largest element. Raises RuntimeError when the error is larger. Operands of more than
+    ``CHECKED`` elements are compared at their end, where a wrapped index would show, and without the scale's
+    state, which depends on all of them.
+    """
+
+    def double(tensor: Tensor) -> Tensor:
+        # the state of the scale is float32 in any precision
+        if tensor is case.scale_state or not tensor.is_floating_point():
+            return tensor.clone()
+        return _end(tensor).double()
+
+    plain = [_convert(argument, lambda tensor: _end(tensor).clone()) for argument in case.arguments]
+    exact = [_convert(argument, double) for argument in case.arguments]
+    exact = [torch.float64 if isinstance(argument, torch.dtype) else argument for argument in exact]
+    compiled, oracle = getattr(ops, case.operator), getattr(eager, case.operator)
+    mine = _results(compiled(*case.arguments), case.arguments, case.written)
+    theirs = _results(oracle(*plain), plain, case.written)
+    truth = _results(oracle(*exact), exact, case.written)
+
+    whole = all(tensor.numel() <= CHECKED for tensor in _tensors(case.arguments))
+    worst = 0.0
+    for got, reference, expected in zip(mine, theirs, truth, strict=True):
+        if (got is case.scale_state and not whole) or got.numel() == 0:
+            continue
+        if not expected.isfinite().all():
+            raise RuntimeError(f"{case.name}: the float64 oracle is not finite, so it can check nothing")
+        unit = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+        expected = expected.double()
+        allowed = 2 * (_distance(reference, expected) + unit * expected.abs().max().item())
+        error = _distance(_end(got), expected)
+        # a NaN compares as false with everything, so ask for what is right, not for what is wrong
+        if not error <= allowed:
+            raise RuntimeError(f"{case.name} is wrong: error {error:.3g} against float64, allowed {allowed:.3g}")
+        worst = max(worst, error / allowed if allowed else 0.0)
+    return worst
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one.double() - other).abs().max().item()
