@@ -1,0 +1,197 @@
+// The block kernels themselves, included once by the file of each instruction set after it has set
+// the target. Nothing here may have external linkage, and no header with inline functions may be
+// included: the linker keeps one copy of such a function, and it could be one compiled for an
+// instruction set that the processor lacks.
+
+#include "blocks.h"
+
+namespace rampde::cpu {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bits_as(From value) {
+  return __builtin_bit_cast(To, value);
+}
+
+// without a branch, which would keep a loop from being vectorised
+inline uint32_t select(bool condition, uint32_t x, uint32_t y) {
+  const uint32_t mask = 0 - static_cast<uint32_t>(condition);
+  return (x & mask) | (y & ~mask);
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(BFloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
+
+inline float widen(Half x) {
+  const int32_t magnitude = x.bits & 0x7fff;
+  // subnormals are integers times 2^-24; else the exponent is biased by 15, and 31 means no number
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  const uint32_t bias = select(magnitude < 0x7c00, 127 - 15, 255 - 31);
+  const uint32_t normal = (static_cast<uint32_t>(magnitude) << 13) + (bias << 23);
+  const uint32_t bits = select(magnitude < 0x0400, bits_as<uint32_t>(subnormal), normal);
+  return bits_as<float>(bits | (uint32_t{x.bits} & 0x8000) << 16);
+}
+
+inline void narrow(float& to, float x) { to = x; }
+inline void narrow(float& to, double x) { to = static_cast<float>(x); }
+inline void narrow(double& to, double x) { to = x; }
+
+inline void narrow(BFloat16& to, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  to.bits = static_cast<uint16_t>(select(is_nan, 0x7fc0, rounded));
+}
+
+inline void narrow(Half& to, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude - ((127 - 15) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  // one unit in the last place of 0.5 is 2^-24, that of a subnormal half: the addition rounds
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000;
+  uint32_t half = select(magnitude < 0x38800000, subnormal, normal);
+  half = select(magnitude < 0x477ff000, half, 0x7c00);  // from 65520 on the nearest is infinity
+  half = select(magnitude > 0x7f800000, 0x7e00, half);
+  to.bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+}
+
+template <class To>
+inline void narrow(To& to, double x) {
+  narrow(to, static_cast<float>(x));  // by way of float, as PyTorch does
+}
+
+template <class Accumulator, class T>
+void load(Accumulator* __restrict sums, const void* source, int64_t count) {
+  const T* __restrict x = static_cast<const T*>(source);
+  for (int64_t i = 0; i < count; ++i) sums[i] = static_cast<Accumulator>(widen(x[i]));
+}
+
+template <class Accumulator, class T>
+void add_scaled(Accumulator* __restrict sums, const void* source, Accumulator factor,
+                int64_t count) {
+  const T* __restrict x = static_cast<const T*>(source);
+  for (int64_t i = 0; i < count; ++i) sums[i] += factor * static_cast<Accumulator>(widen(x[i]));
+}
+
+template <class Accumulator, class T>
+void store(void* target, const Accumulator* __restrict sums, int64_t count) {
+  T* __restrict x = static_cast<T*>(target);
+  for (int64_t i = 0; i < count; ++i) narrow(x[i], sums[i]);
+}
+
+#ifdef RAMPDE_F16C
+// The processor converts halves, but compilers do not vectorise that: eight at a time by hand.
+inline void widen_halves(float* __restrict to, const Half* __restrict x, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+  }
+  for (; i < count; ++i) to[i] = widen(x[i]);
+}
+
+inline void narrow_floats(Half* __restrict to, const float* __restrict x, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+  for (; i < count; ++i) narrow(to[i], x[i]);
+}
+
+template <>
+void load<float, Half>(float* __restrict sums, const void* x, int64_t count) {
+  widen_halves(sums, static_cast<const Half*>(x), count);
+}
+
+template <>
+void load<double, Half>(double* __restrict sums, const void* x, int64_t count) {
+  float widened[kBlock];
+  widen_halves(widened, static_cast<const Half*>(x), count);
+  load<double, float>(sums, widened, count);
+}
+
+template <>
+void add_scaled<float, Half>(float* __restrict sums, const void* source, float factor,
+                             int64_t count) {
+  const Half* __restrict x = static_cast<const Half*>(source);
+  const __m256 factors = _mm256_set1_ps(factor);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    const __m256 products = _mm256_mul_ps(factors, _mm256_cvtph_ps(halves));
+    _mm256_storeu_ps(sums + i, _mm256_add_ps(_mm256_loadu_ps(sums + i), products));
+  }
+  for (; i < count; ++i) sums[i] += factor * widen(x[i]);
+}
+
+template <>
+void add_scaled<double, Half>(double* __restrict sums, const void* x, double factor,
+                              int64_t count) {
+  float widened[kBlock];
+  widen_halves(widened, static_cast<const Half*>(x), count);
+  add_scaled<double, float>(sums, widened, factor, count);
+}
+
+template <>
+void store<float, Half>(void* x, const float* __restrict sums, int64_t count) {
+  narrow_floats(static_cast<Half*>(x), sums, count);
+}
+
+template <>
+void store<double, Half>(void* x, const double* __restrict sums, int64_t count) {
+  float narrowed[kBlock];
+  store<double, float>(narrowed, sums, count);
+  narrow_floats(static_cast<Half*>(x), narrowed, count);
+}
+#endif
+
+// Knuth, TAOCP 2, 4.2.2, theorem B; void if the compiler fused or reordered any of it
+template <class Accumulator>
+void two_sum(Accumulator* __restrict base, Accumulator* __restrict increment, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Accumulator total = base[i] + increment[i];
+    const Accumulator shifted = total - base[i];
+    increment[i] = (base[i] - (total - shifted)) + (increment[i] - shifted);
+    base[i] = total;
+  }
+}
+
+template <class Bits>
+uint64_t largest(const void* source, int64_t count) {
+  const Bits* x = static_cast<const Bits*>(source);
+  constexpr Bits magnitude = static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
+  Bits result = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Bits bits = static_cast<Bits>(x[i] & magnitude);
+    result = bits > result ? bits : result;
+  }
+  return result;
+}
+
+template <class Accumulator>
+constexpr SumKernels<Accumulator> sum_kernels() {
+  using A = Accumulator;
+  return {
+      {load<A, double>, load<A, float>, load<A, Half>, load<A, BFloat16>},
+      {add_scaled<A, double>, add_scaled<A, float>, add_scaled<A, Half>, add_scaled<A, BFloat16>},
+      {store<A, double>, store<A, float>, store<A, Half>, store<A, BFloat16>},
+      two_sum<A>};
+}
+
+constexpr Kernels all_kernels() {
+  return {sum_kernels<float>(),
+          sum_kernels<double>(),
+          {largest<uint64_t>, largest<uint32_t>, largest<uint16_t>, largest<uint16_t>}};
+}
+
+}  // namespace
+}  // namespace rampde::cpu

@@ -1,0 +1,64 @@
+// End of a Runge-Kutta step, meaning as in rampde.eager.rk_update.
+
+#include "../boxing.h"
+#include "blockwise.h"
+
+namespace rampde::cpu {
+namespace {
+
+void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std::vector<double>& b,
+               const Tensor& y_next, const std::optional<Tensor>& checkpoint,
+               const std::optional<Tensor>& compensation,
+               const std::optional<Tensor>& overflow_step, const int64_t& step) {
+  constexpr const char* op = "rk_update";
+  const DType state_dtype = check_state({op, "y"}, y);
+  Terms terms;
+  read_terms(terms, {op, "k"}, k, "b", b, "y", y);
+  const double step_size = read_scalar(read_step_size(op, h, "y", y));
+  const Operand base{y.data(), state_dtype};
+  const Output next = write_operand({op, "y_next"}, y_next, "y", y);
+  std::optional<Output> saved, error;
+  if (checkpoint) saved = write_operand({op, "checkpoint"}, *checkpoint, "y", y);
+  if (compensation) error = write_operand({op, "compensation"}, *compensation, "y", y);
+  if (overflow_step) {
+    const Argument argument{op, "overflow_step"};
+    check(overflow_step->dim() == 0, argument, " has shape ", Shape{*overflow_step},
+          ", expected a 0-dim tensor");
+    check(overflow_step->dtype_number() == aoti_torch_dtype_int64(), argument, " has dtype ",
+          DTypeName{overflow_step->dtype_number()}, ", expected int64");
+  }
+
+  const Output& checked = saved ? *saved : next;
+  std::atomic<bool> finite{true};
+  with_accumulator(error ? error->dtype : state_dtype, [&]<class Accumulator>() {
+    for_each_block(y.numel(), [&](int64_t begin, int64_t count) {
+      Accumulator sums[kBlock];
+      if (error) {
+        Accumulator increment[kBlock];
+        load(sums, base, begin, count);
+        load(increment, Operand{error->data, error->dtype}, begin, count);
+        add_terms(increment, terms, step_size, begin, count);
+        sum_kernels<Accumulator>().two_sum(sums, increment, count);
+        store(*error, increment, begin, count);
+      } else {
+        load(sums, base, begin, count);
+        add_terms(sums, terms, step_size, begin, count);
+      }
+      store(next, sums, begin, count);
+      if (saved) store(*saved, sums, begin, count);
+      if (overflow_step && !all_finite(at(checked, begin), checked.dtype, count)) {
+        finite.store(false, std::memory_order_relaxed);
+      }
+    });
+  });
+  if (overflow_step && !finite.load(std::memory_order_relaxed)) {
+    int64_t& first = *static_cast<int64_t*>(overflow_step->mutable_data());
+    first = step < first ? step : first;
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) { m.impl("rk_update", boxed<&rk_update>); }
+
+}  // namespace rampde::cpu
