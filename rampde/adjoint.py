@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rampde import scaling
+from rampde.captures import find_unknown_leaf
 from rampde.checkpoint import Checkpoints
 from rampde.grid import Slices, stage_times
 from rampde.ops import accumulate_gradients, adjoint_stage, adjoint_update, update_scale
@@ -174,6 +175,8 @@ class Sweep:
         vjps: list[list[Tensor | None]] = [[None] * len(stages) for _ in adjoint]
         gradients: Gradients = []
         time_gradient = _TimeGradient(self, step) if self.problem.time_needs_grad else None
+        # where f shows what it holds, a look at ever rarer steps is enough to see that it does
+        watched = step + 1 == len(self.h) or step & (step + 1) == 0
         for i, b, later, weights in self.problem.tableau.cotangents:
             stage = stages[i]
             assert stage is not None
@@ -185,6 +188,9 @@ class Sweep:
                     pairs = [(vjp, weight) for vjp, weight in zip(present, a, strict=True) if vjp is not None]
                     present, a = [vjp for vjp, _ in pairs], [weight for _, weight in pairs]
                 cotangents.append(adjoint_stage(lam, present, h, b, a, k.dtype, self.scale_state))
+            if watched or self.problem.opaque:
+                self._check_captures(stage)
+                watched = False
             inputs = stage.x
             if time_gradient is not None:
                 inputs = [*inputs, stage.time]
@@ -207,6 +213,16 @@ class Sweep:
             self._accumulate(gradients, h)
         if time_gradient is not None:
             self.time_gradients[step] = time_gradient.ends()
+
+    def _check_captures(self, stage: Stage) -> None:
+        """Raises RuntimeError where f uses a tensor now that it did not show before: its gradient would be missing."""
+        unknown = find_unknown_leaf(stage.k, [*stage.x, stage.time, *self.captures])
+        if unknown is not None:
+            raise RuntimeError(
+                f"func used a tensor of shape {list(unknown.shape)} that requires a gradient at t ="
+                f" {float(stage.time):.6g}, though not in its first evaluation, and no module, closure or attribute"
+                ' of func holds it: its gradient would be missing. Hold it there, or use checkpoint="tape"'
+            )
 
     def _accumulate(self, gradients: Gradients, h: Tensor) -> None:
         """Adds the captures' gradients of all stages of a step, in the accumulation dtype."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,12 +40,14 @@ class Captures:
     Attributes:
         tensors: each requires a gradient and occurs once; the first ``observed`` ones were seen in a graph.
         observed: how many of them the first evaluation used.
-        untraced: names of graph nodes that lead out of f by an edge no tensor was seen for.
+        opaque: whether f was seen to use a tensor that none of the objects it holds shows.
+        problem: why the gradients cannot be taken by a sweep; empty where they can.
     """
 
     tensors: list[Tensor] = field(default_factory=list)
     observed: int = 0
-    untraced: list[str] = field(default_factory=list)
+    opaque: bool = False
+    problem: str = ""
 
 
 class _Recorder(TorchFunctionMode):
@@ -98,11 +101,106 @@ def record(
             with recorder:
                 k = evaluate(time, x)
     arguments = {id(tensor) for tensor in (time, *x)}
-    found, untraced = _walk(k, start, recorder, arguments)
-    observed = len(found)
-    known = {id(tensor) for tensor in found} | arguments
-    found += [tensor for tensor in reachable_tensors(func) if id(tensor) not in known]
-    return k, Captures(found, observed, untraced)
+    used, untraced = _walk(k, start, recorder, arguments)
+    reachable = reachable_tensors(func)
+    known = {id(tensor) for tensor in used}
+    unused = [tensor for tensor in reachable if id(tensor) not in known | arguments]
+    shown = {id(tensor) for tensor in reachable}
+    opaque = any(id(tensor) not in shown for tensor in used)
+    unused, problem = _untangle(used, unused)
+    if untraced:
+        problem = f"uses the result of {untraced[0]}, computed outside of it, which could not be traced to a tensor"
+    return k, Captures(used + unused, len(used), opaque, problem)
+
+
+def _untangle(used: list[Tensor], unused: list[Tensor]) -> tuple[list[Tensor], str]:
+    """The ``unused`` that no other capture was computed from, nor they from a used one; and whether f uses both
+    a tensor and what was computed from it.
+
+    A product with respect to both would run through the computation between them, outside of f, at every stage,
+    and autograd would run through it once more.
+    """
+    computed = [tensor for tensor in (*used, *unused) if tensor.grad_fn is not None]
+    if not computed:
+        return unused, ""
+    origins = {_edge(tensor): tensor for tensor in (*used, *unused)}
+    in_use = {id(tensor) for tensor in used}
+    dropped: set[int] = set()
+    for tensor in computed:
+        for origin in _origins(tensor, origins):
+            if id(origin) not in in_use:
+                dropped.add(id(origin))
+            elif id(tensor) not in in_use:
+                dropped.add(id(tensor))
+            else:
+                return unused, "uses both a tensor and another one that was computed from it"
+    return [tensor for tensor in unused if id(tensor) not in dropped], ""
+
+
+def _edge(tensor: Tensor) -> Edge:
+    """What stands for a tensor in the graph of whatever was computed from it."""
+    return (id(tensor), 0) if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+
+
+def _edge_of(node: Any, output: int) -> Edge:
+    return (id(node.variable), 0) if _is_leaf(node) else (node, output)
+
+
+def _is_leaf(node: Any) -> bool:
+    return type(node).__name__ == "AccumulateGrad"
+
+
+def _origins(tensor: Tensor, candidates: dict[Edge, Tensor]) -> list[Tensor]:
+    """Those of ``candidates`` from which ``tensor`` was computed."""
+    found: list[Tensor] = []
+    visited: set[Any] = set()
+    pending: list[Any] = [tensor.grad_fn]
+    while pending:
+        for node, output in pending.pop().next_functions:
+            if node is None:
+                continue
+            origin = candidates.get(_edge_of(node, output))
+            if origin is not None:
+                found.append(origin)
+            if node not in visited:
+                visited.add(node)
+                pending.append(node)
+    return found
+
+
+def find_unknown_leaf(k: Sequence[Tensor], known: Iterable[Tensor]) -> Tensor | None:
+    """A leaf in the graph of ``k`` that is none of ``known``, nor lies behind one of them."""
+    edges = {_edge(tensor) for tensor in known}
+    visited: set[Any] = set()
+    pending: list[Edge] = [(value.grad_fn, value.output_nr) for value in k if value.grad_fn is not None]
+    while pending:
+        node, output = pending.pop()
+        if _edge_of(node, output) in edges or node in visited:
+            continue
+        if _is_leaf(node):
+            leaf: Tensor = node.variable
+            return leaf
+        visited.add(node)
+        pending.extend(edge for edge in node.next_functions if edge[0] is not None)
+    return None
+
+
+@contextmanager
+def hooks_muted(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Hooks on ``tensors`` do not run: they are for the whole gradient, not for each stage's part of it."""
+    muted = []
+    try:
+        for tensor in tensors:
+            hooks = tensor._backward_hooks
+            if hooks:
+                muted.append((hooks, dict(hooks)))
+                hooks.clear()
+        yield
+    finally:
+        for hooks, own in muted:
+            added = dict(hooks)
+            hooks.clear()
+            hooks.update(own | added)
 
 
 def _sequence_number() -> int:
@@ -125,7 +223,7 @@ def _walk(k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[i
             found[id(value)] = value  # f returns a tensor of its own as it is
     while pending:
         node, output = pending.pop()
-        if type(node).__name__ == "AccumulateGrad":
+        if _is_leaf(node):
             leaf = node.variable
             if id(leaf) not in arguments:
                 found[id(leaf)] = leaf
@@ -137,11 +235,17 @@ def _walk(k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[i
         if node in visited:
             continue
         visited.add(node)
-        if node._sequence_nr() < start and not recorder.numbers_mix:
+        if node._sequence_nr() < start and not recorder.numbers_mix and not _is_cached_cast(node):
             untraced.append(node.name())
             continue
         pending.extend(edge for edge in node.next_functions if edge[0] is not None)
     return list(found.values()), untraced
+
+
+def _is_cached_cast(node: Any) -> bool:
+    """Whether the node is the cast of a leaf, as autocast made it once for all uses in the caller's region."""
+    following = node.next_functions
+    return node.name() == "ToCopyBackward0" and len(following) == 1 and _is_leaf(following[0][0])
 
 
 def reachable_tensors(func: object) -> list[Tensor]:

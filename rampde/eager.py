@@ -50,8 +50,13 @@ def _combine(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -
     return total
 
 
+def _wide(scalar: Tensor) -> Tensor:
+    """A 0-dim tensor in float64, in which weights are formed, where the device has it."""
+    return scalar if scalar.device.type == "mps" else scalar.double()
+
+
 def _weights(h: Tensor, coefficients: Sequence[float]) -> list[Tensor]:
-    return [h * coefficient for coefficient in coefficients]
+    return [_wide(h) * coefficient for coefficient in coefficients]
 
 
 def _used(terms: Sequence[Tensor], coefficients: Sequence[float]) -> tuple[list[Tensor], list[float]]:
@@ -119,7 +124,7 @@ def adjoint_stage(
     vjps, a = _used(vjps, a)
     scaled = torch.zeros_like(adjoint)
     if b != 0.0:
-        factor = h.new_full((), b) if scale_state is None else b * scale_state[SCALE].to(h.dtype)
+        factor = torch.full_like(_wide(h), b) if scale_state is None else b * _wide(scale_state[SCALE])
         scaled = _combine(scaled, [adjoint], [factor])
     return _combine(scaled, vjps, _weights(h, a)).to(dtype)
 
@@ -138,7 +143,7 @@ def adjoint_update(
     ``scale_state`` ``S`` is 1 and ``adjoint_next`` may be ``adjoint`` itself. With it, ``max|adjoint_next|``
     and whether all of it is finite are gathered there; after an overflow nothing is written.
     """
-    factor = h if scale_state is None else h / scale_state[SCALE].to(h.dtype)
+    factor = h if scale_state is None else _wide(h) / _wide(scale_state[SCALE])
     total = _combine(adjoint, vjps, [factor] * len(vjps))
     if cotangent is not None:
         total.add_(cotangent)
@@ -188,7 +193,8 @@ def update_scale(
     headroom = torch.where(grows, (old[HEADROOM] * increase_factor).clamp(max=1.0), old[HEADROOM])
     headroom = torch.where(running & ~finite, old[HEADROOM] * decrease_factor, headroom)
     # frexp is exact where log2 rounds: m * 2^e with m in [1/2, 1) has floor(log2) = e - 1
-    exponent = torch.frexp(target / (old[MAXIMUM] + delta)).exponent - 1
+    largest = torch.finfo(torch.float32).max
+    exponent = torch.frexp((target / (old[MAXIMUM] + delta)).clamp(max=largest)).exponent - 1
     scale = headroom * torch.ldexp(torch.ones_like(headroom), exponent.clamp(-96, 96))
     scale = torch.where(old[MAXIMUM] > 0, scale, old[SCALE])
 
@@ -222,6 +228,6 @@ def accumulate_gradients(
         if scale_state is None:
             total.add_(gradient.to(total.dtype) * h.to(total.dtype))
             continue
-        scale = scale_state[SCALE_OF_STEP].to(h.dtype)
-        added = total + gradient.to(total.dtype) * (h / scale).to(total.dtype)
+        scale = _wide(scale_state[SCALE_OF_STEP])
+        added = total + gradient.to(total.dtype) * (_wide(h) / scale).to(total.dtype)
         total.copy_(torch.where(scale != 0, added, total))

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rampde.autocast import switched_off
+
 GridConstructor = Callable[[Callable[..., object], object, Tensor], Tensor]
+
+# more than anyone waits for, and than memory holds the times of
+MAX_STEPS = 10**8
 
 # steps whose time tensors exist at once: one unbind serves them all, and memory does not grow with the steps
 CHUNK = 512
@@ -40,6 +45,12 @@ class TimeGrid:
     @property
     def steps(self) -> int:
         return len(self.times) - 1
+
+    def with_outputs_inside(self) -> TimeGrid:
+        """The same grid; outputs that meet a step's end without being it count as inside of the step."""
+        ends = (-1, self.steps - 1)
+        outputs = [output if output.step in ends else Output(output.step, inside=True) for output in self.outputs]
+        return TimeGrid(self.points, self.times, outputs)
 
     @property
     def kept(self) -> list[int]:
@@ -87,7 +98,10 @@ def grid_of_step_size(t: Tensor, values: list[float], step_size: float, device: 
         return grid_of_outputs(t, values, device)
     # in t's own precision, as the last point must coincide with t[-1] where the user's arithmetic says so
     ends = torch.tensor([values[0], values[-1]], dtype=t.dtype)
-    steps = max(int(torch.ceil((ends[1] - ends[0]).abs() / step_size).item()), 1)
+    count = torch.ceil((ends[1] - ends[0]).abs() / step_size).item()
+    if not count <= MAX_STEPS:
+        raise ValueError(f"step_size is {step_size}, which makes {count:.3g} steps, expected at most {MAX_STEPS}")
+    steps = max(int(count), 1)
     signed = math.copysign(step_size, values[-1] - values[0])
     times = [values[0] + signed * n for n in range(steps)] + [values[-1]]
     if steps > 1 and abs(times[-2] - times[0]) >= abs(times[-1] - times[0]):
@@ -95,7 +109,8 @@ def grid_of_step_size(t: Tensor, values: list[float], step_size: float, device: 
         steps -= 1
     start, end = t[0].to(device, time_dtype(device)), t[-1].to(device, time_dtype(device))
     offsets = torch.arange(steps, dtype=start.dtype, device=device) * signed
-    points = torch.cat([start + offsets, end[None]])
+    with switched_off(device):
+        points = torch.cat([start + offsets, end[None]])
     return TimeGrid(points, times, _place(values, times))
 
 
@@ -110,7 +125,12 @@ def grid_of_points(points: object, t: Tensor, values: list[float], device: torch
         raise TypeError(f"grid_constructor returned {_describe(points)}, expected a floating point tensor")
     if points.dim() != 1:
         raise ValueError(f"grid_constructor returned a tensor of shape {list(points.shape)}, expected one dimension")
+    if points.device.type == "meta" or points.layout != torch.strided:
+        raise TypeError(f"grid_constructor returned {_describe(points)}, expected a dense tensor with data")
     times = points.detach().to("cpu", torch.float64).tolist()
+    for index, time in enumerate(times):
+        if not math.isfinite(time):
+            raise ValueError(f"grid_constructor returned {time} as point {index}, expected finite times")
     # a grid computed by the user's arithmetic may miss the ends by its rounding
     slack = 4 * torch.finfo(points.dtype).eps * max(abs(values[0]), abs(values[-1]))
     if not times or abs(times[0] - values[0]) > slack or abs(times[-1] - values[-1]) > slack:
@@ -119,7 +139,8 @@ def grid_of_points(points: object, t: Tensor, values: list[float], device: torch
     points = points.to(device, time_dtype(device))
     if len(values) > 1:
         own = t.to(device, points.dtype)
-        points = torch.cat([own[:1], points[1:-1], own[-1:]])
+        with switched_off(device):
+            points = torch.cat([own[:1], points[1:-1], own[-1:]])
         times[0], times[-1] = values[0], values[-1]
     sign = 1.0 if values[-1] >= values[0] else -1.0
     for index in range(1, len(times)):
@@ -132,7 +153,9 @@ def grid_of_points(points: object, t: Tensor, values: list[float], device: torch
 
 
 def _describe(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a {value.dtype} tensor of layout {value.layout} on {value.device}"
 
 
 def _place(values: list[float], times: list[float]) -> list[Output]:
@@ -184,4 +207,5 @@ def stage_times(points: Tensor, nodes: tuple[float, ...], dtype: torch.dtype, pe
         if perturb and node in (0.0, 1.0):
             time = torch.nextafter(time, (end if node == 0.0 else start).to(dtype))
         columns.append(time)
-    return h, torch.stack(columns, dim=1)
+    with switched_off(points.device):
+        return h, torch.stack(columns, dim=1)

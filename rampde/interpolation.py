@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rampde.autocast import switched_off
+from rampde.captures import hooks_muted
 from rampde.grid import time_dtype
 from rampde.problem import Problem, Stage
 from rampde.scaling import power_of_two_below
@@ -53,7 +54,8 @@ def interpolate(problem: Problem, states: list[Tensor], t: Tensor, method: str) 
         k0, k1 = velocity_at(start), velocity_at(end)
         results.append([_hermite(theta, h, y0, y1, k0[leaf], k1[leaf]) for leaf, (y0, y1) in enumerate(pairs)])
     dtypes = [leaf.real_dtype for leaf in problem.velocity.spec.leaves]
-    return [torch.stack([result[leaf] for result in results]).to(dtype) for leaf, dtype in enumerate(dtypes)]
+    with switched_off(points.device):
+        return [torch.stack([result[leaf] for result in results]).to(dtype) for leaf, dtype in enumerate(dtypes)]
 
 
 def _hermite(theta: Tensor, h: Tensor, y0: Tensor, y1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
@@ -82,6 +84,7 @@ class _Evaluation(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, time: Tensor, leaves: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         velocity = problem.velocity
         y, ctx.captures = tensors[:leaves], tensors[leaves:]
+        ctx.save_for_backward(time, *y)
         x = [leaf.detach().to(dtype) for leaf, dtype in zip(y, velocity.dtypes, strict=True)]
         time = time.detach().requires_grad_()
         ctx.problem, ctx.stage = problem, Stage(time, x, velocity.evaluate_with_graph(time, x))
@@ -89,9 +92,10 @@ class _Evaluation(torch.autograd.Function):
         return tuple(k.detach().to(leaf.dtype) for k, leaf in zip(ctx.stage.k, y, strict=True))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         problem, stage = ctx.problem, ctx.stage
+        if torch.is_grad_enabled():
+            return _Evaluation._differentiable_backward(ctx, cotangents)
         scale = cotangents[0].new_ones(())
         if problem.scaler is not None:
             largest = torch.stack([cotangent.abs().amax() for cotangent in cotangents]).amax()
@@ -100,7 +104,7 @@ class _Evaluation(torch.autograd.Function):
             (scale * cotangent).to(k.dtype) if k.requires_grad else None
             for cotangent, k in zip(cotangents, stage.k, strict=True)
         ]
-        with problem.velocity.autocast.entered():
+        with problem.velocity.autocast.entered(), hooks_muted(ctx.captures):
             products = vector_jacobian_product(
                 stage.k, [*stage.x, stage.time, *ctx.captures], scaled, retain_graph=True
             )
@@ -114,3 +118,26 @@ class _Evaluation(torch.autograd.Function):
         ]
         leaves = len(stage.x)
         return (None, gradients[leaves], None, *gradients[:leaves], *gradients[leaves + 1 :])
+
+    @staticmethod
+    def _differentiable_backward(ctx: Any, cotangents: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients with their own graph: the evaluation is repeated as autograd would record it."""
+        velocity = ctx.problem.velocity
+        time, *y = ctx.saved_tensors
+        inputs = [time, *y, *ctx.captures]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        with velocity.autocast.entered():
+            x = [leaf.to(dtype) for leaf, dtype in zip(y, velocity.dtypes, strict=True)]
+            k = [value.to(leaf.dtype) for value, leaf in zip(velocity.evaluate(time, x), y, strict=True)]
+            pairs = [(value, c) for value, c in zip(k, cotangents, strict=True) if value.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    [value for value, _ in pairs],
+                    wanted,
+                    [cotangent for _, cotangent in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+            )
+        gradients = [next(found) if tensor.requires_grad else None for tensor in inputs]
+        return (None, gradients[0], None, *gradients[1:])

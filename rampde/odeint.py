@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rampde import grid as grids
+from rampde.autocast import switched_off
 from rampde.checkpoint import POLICIES
 from rampde.interpolation import METHODS as INTERPOLATIONS
 from rampde.interpolation import interpolate
@@ -115,6 +116,10 @@ def odeint(
     if t.device != spec.device:
         t = t.to(spec.device)
     time_grid = _time_grid(func, y0, t, values, chosen, spec.device)
+    own_grid = chosen["step_size"] is None and chosen["grid_constructor"] is None
+    if chosen["interp"] == "cubic" and t.requires_grad and not own_grid:
+        # the slope of the interpolant is the derivative with respect to t, at the ends of steps too
+        time_grid = time_grid.with_outputs_inside()
     inside = any(output.inside for output in time_grid.outputs)
     problem = Problem(
         velocity=Velocity(func, spec, velocity_dtype),
@@ -147,6 +152,8 @@ def _check_time_tensor(t: object) -> None:
         raise TypeError(f"t is a {type(t).__name__}, expected a one-dimensional floating point tensor")
     if not t.is_floating_point():
         raise TypeError(f"t has dtype {t.dtype}, expected a floating point dtype")
+    if t.layout != torch.strided or t.device.type == "meta":
+        raise TypeError(f"t is a tensor of layout {t.layout} on {t.device}, expected a dense tensor with data")
     if t.dim() != 1:
         raise ValueError(f"t has shape {list(t.shape)}, expected one dimension")
 
@@ -156,13 +163,15 @@ def _check_tolerance(name: str, value: object, spec: StateSpec) -> None:
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(f"{name} cannot require gradient, but requires_grad is True")
+        _check_broadcast(name, list(value.shape), spec)
         return
+    items = [value]
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         items = list(value)
-        if not spec.is_tensor and len(items) != len(spec.leaves):
+        if spec.is_tensor:
+            _check_broadcast(name, [len(items)], spec)
+        elif len(items) != len(spec.leaves):
             raise ValueError(f"{name} has {len(items)} values, expected {len(spec.leaves)}, one for each tensor of y0")
-    else:
-        items = [value]
     for item in items:
         if isinstance(item, Tensor):
             continue
@@ -170,6 +179,17 @@ def _check_tolerance(name: str, value: object, spec: StateSpec) -> None:
             raise TypeError(f"{name} is {value!r}, expected a number, or one for each tensor of y0")
         if not item >= 0:
             raise ValueError(f"{name} is {value!r}, expected a number that is not negative")
+
+
+def _check_broadcast(name: str, shape: list[int], spec: StateSpec) -> None:
+    if not spec.is_tensor:
+        return
+    state = list(spec.leaves[0].shape)
+    fits = len(shape) <= len(state) and all(
+        size in (1, of_state) for size, of_state in zip(reversed(shape), reversed(state), strict=False)
+    )
+    if not fits and shape != [1]:
+        raise ValueError(f"{name} has shape {shape}, expected one that broadcasts to that of y0, {state}")
 
 
 def _check_options(options: dict[str, Any] | None, tableau: ButcherTableau, method: object) -> dict[str, Any]:
@@ -217,6 +237,8 @@ def _scaler(loss_scaler: object) -> tuple[DynamicScaler | None, bool]:
         return automatic_scaler(), False
     if isinstance(loss_scaler, DynamicScaler):
         return loss_scaler, False
+    if isinstance(loss_scaler, type):
+        raise TypeError(f"loss_scaler is the class {loss_scaler.__name__}, expected an instance, None or False")
     if loss_scaler is True or (isinstance(loss_scaler, str | int | float | Tensor) and loss_scaler is not False):
         raise TypeError(f"loss_scaler is {loss_scaler!r}, expected None, False, a DynamicScaler or a GradScaler")
     return None, True
@@ -227,7 +249,8 @@ def _read_host(spec: StateSpec, leaves: list[Tensor], t: Tensor) -> list[float]:
     finite = [torch.isfinite(leaf.detach()).all() for leaf in leaves]
     if t.device == spec.device:
         dtype = grids.time_dtype(t.device)
-        numbers = torch.cat([t.detach().to(dtype), torch.stack(finite).to(dtype)]).tolist()
+        with switched_off(spec.device):
+            numbers = torch.cat([t.detach().to(dtype), torch.stack(finite).to(dtype)]).tolist()
         values, flags = numbers[: len(t)], numbers[len(t) :]
     else:
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)

@@ -44,6 +44,7 @@ class Problem:
         random: state of the random number generators before ``first``; None when f draws no random numbers.
         time_needs_grad: whether the grid points require a gradient.
         captures: tensors f uses that require a gradient, known after the first stage.
+        opaque: whether f keeps tensors where they cannot be found but by evaluating it.
         kept: indices of the grid points whose states the solve returns.
         later_stages: all stages but the first, with what enters their inputs.
     """
@@ -62,6 +63,7 @@ class Problem:
     random: RandomState | None = None
     time_needs_grad: bool = False
     captures: list[Tensor] = field(default_factory=list)
+    opaque: bool = False
     kept: list[int] = field(init=False)
     later_stages: list[tuple[int, Combination]] = field(init=False)
 

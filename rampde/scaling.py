@@ -69,16 +69,24 @@ class DynamicScaler:
         if not isinstance(dtype_low, torch.dtype) or not dtype_low.is_floating_point:
             raise TypeError(f"dtype_low is {dtype_low!r}, expected a floating point torch.dtype")
         for name, value in (("increase_factor", increase_factor), ("decrease_factor", decrease_factor)):
-            if not isinstance(value, int | float) or not value > 0 or math.frexp(value)[0] != 0.5:
+            _check_number(name, value)
+            if not value > 0 or math.frexp(value)[0] != 0.5:
                 raise ValueError(f"{name} is {value!r}, expected a power of two, so that scaling is exact")
         if increase_factor <= 1:
             raise ValueError(f"increase_factor is {increase_factor}, expected more than 1")
         if decrease_factor >= 1:
             raise ValueError(f"decrease_factor is {decrease_factor}, expected less than 1")
-        if target_factor is not None and not 0 < target_factor < math.inf:
-            raise ValueError(f"target_factor is {target_factor!r}, expected a positive number")
-        if not isinstance(max_attempts, int) or max_attempts < 1:
+        if target_factor is not None:
+            _check_number("target_factor", target_factor)
+            if not 0 < target_factor < math.inf:
+                raise ValueError(f"target_factor is {target_factor!r}, expected a positive number")
+        if isinstance(max_attempts, bool) or not isinstance(max_attempts, int):
+            raise TypeError(f"max_attempts is {max_attempts!r}, expected a positive integer")
+        if max_attempts < 1:
             raise ValueError(f"max_attempts is {max_attempts!r}, expected a positive integer")
+        if not isinstance(verbose, bool):
+            raise TypeError(f"verbose is {verbose!r}, expected True or False")
+        _check_number("delta", delta)
         if not 0 <= delta < math.inf:
             raise ValueError(f"delta is {delta!r}, expected a number that is not negative")
         self.dtype_low = dtype_low
@@ -111,6 +119,11 @@ class DynamicScaler:
         self.scale_history.append((kind, scale))
         if self.verbose:
             print(f"DynamicScaler: {kind}, S = {scale:g}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, expected a number")
 
 
 def power_of_two_below(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rampde.adjoint import Sweep
-from rampde.captures import Captures, record
+from rampde.captures import Captures, hooks_muted, record
 from rampde.checkpoint import new_checkpoints
 from rampde.forward import integrate
 from rampde.grid import stage_times
@@ -41,11 +41,11 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
     problem.time_needs_grad = points.requires_grad
     before = RandomState.current(velocity.spec.device)
     first, captures = _record_first(problem, time, x)
-    problem.first, problem.captures = first, captures.tensors
-    if captures.untraced:
+    problem.first, problem.captures, problem.opaque = first, captures.tensors, captures.opaque
+    if captures.problem:
         warnings.warn(
-            f"func uses the result of {captures.untraced[0]}, computed outside of it, in a way that could not be"
-            ' traced to a tensor; the solve falls back to checkpoint="tape", which needs more memory',
+            f'func {captures.problem}; the solve falls back to checkpoint="tape": more memory, 16-bit gradients are'
+            " summed in 16 bits, and float16 is not scaled",
             UserWarning,
             stacklevel=3,
         )
@@ -147,6 +147,7 @@ class _AdjointSolve(torch.autograd.Function):
                     ' retain_graph=True, or solve with checkpoint="step"'
                 )
             ctx.swept = problem.checkpoint == "none" and not retain_graph
+            stack.enter_context(hooks_muted(captures))
             ctx.checkpoints.restore(saved[ctx.observed :])
             # a sweep that may have to resume needs its graphs twice
             keep = retain_graph or (problem.checkpoint == "none" and problem.scaler is not None)

@@ -58,8 +58,10 @@ class StateSpec:
                 raise TypeError(f"{name} has dtype {value.dtype}, expected a floating point or complex dtype")
             if value.dtype == torch.complex32:
                 raise TypeError(f"{name} has dtype torch.complex32, expected torch.complex64 or torch.complex128")
-            if value.layout != torch.strided:
-                raise TypeError(f"{name} has layout {value.layout}, expected a dense tensor")
+            if value.layout != torch.strided or value.device.type == "meta":
+                raise TypeError(
+                    f"{name} has layout {value.layout} on {value.device}, expected a dense tensor with data"
+                )
             device = value.device if device is None else device
             if value.device != device:
                 raise ValueError(f"{name} is on {value.device}, expected all of y0 on {device}")
@@ -138,7 +140,10 @@ class StateSpec:
             values = [k]
         else:
             values, tree = tree_flatten(k)
-            same = len(values) == len(self.leaves) if self._is_tuple else tree == self._tree
+            if self._is_tuple:
+                same = isinstance(k, tuple | list) and len(values) == len(k) == len(self.leaves)
+            else:
+                same = tree == self._tree
             if not same or isinstance(k, Tensor):
                 found = f"a {type(k).__name__}" + ("" if isinstance(k, Tensor) else f" with {len(values)} tensors")
                 raise ValueError(
@@ -152,8 +157,10 @@ class StateSpec:
                 raise ValueError(f"{where} shape {list(value.shape)}, expected that of y0, {list(leaf.shape)}")
             if value.device != self.device:
                 raise ValueError(f"{where} a tensor on {value.device}, expected y0's device, {self.device}")
-            if not (value.is_floating_point() or value.is_complex()):
-                raise TypeError(f"{where} dtype {value.dtype}, expected a floating point dtype")
+            if not (value.is_floating_point() or value.is_complex()) or value.dtype.itemsize == 1:
+                raise TypeError(f"{where} dtype {value.dtype}, expected a floating point dtype of 16 bits or more")
+            if value.layout != torch.strided:
+                raise TypeError(f"{where} a tensor of layout {value.layout}, expected a dense tensor")
             if value.is_complex() and not leaf.dtype.is_complex:
                 raise TypeError(f"{where} dtype {value.dtype}, expected a real dtype, as y0 has {leaf.dtype}")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rampde.autocast import switched_off
 from rampde.grid import stage_times
 from rampde.ops import rk_stage, rk_update
 from rampde.problem import Problem, Stage
@@ -93,7 +94,8 @@ def integrate_taped(problem: Problem, y0: Sequence[Tensor], points: Tensor, firs
         ]
         if step + 1 in kept:
             results.append(y)
-    return [torch.stack([state[n] for state in results]).to(dtype) for n, dtype in enumerate(problem.output_dtypes)]
+    with switched_off(points.device):
+        return [torch.stack([state[n] for state in results]).to(dtype) for n, dtype in enumerate(problem.output_dtypes)]
 
 
 def _combine(

@@ -2,50 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
+from rampde.autocast import AutocastState
 from rampde.state import State, StateSpec
-
-LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class AutocastState:
-    """The caller's autocast on one device type, to be entered again where f is evaluated later."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-    cache_enabled: bool
-
-    @staticmethod
-    def current(device_type: str) -> AutocastState:
-        if not torch.amp.is_autocast_available(device_type):
-            return AutocastState(device_type, False, torch.float32, True)
-        return AutocastState(
-            device_type,
-            torch.is_autocast_enabled(device_type),
-            torch.get_autocast_dtype(device_type),
-            torch.is_autocast_cache_enabled(),
-        )
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """This autocast state; one entry for a whole sweep, so that parameters are cast once and not per call."""
-        if not torch.amp.is_autocast_available(self.device_type):
-            yield
-            return
-        if not self.enabled and not torch.is_autocast_enabled(self.device_type):
-            yield
-            return
-        with torch.autocast(self.device_type, self.dtype, self.enabled, self.cache_enabled):
-            yield
 
 
 class Velocity:
