@@ -74,9 +74,7 @@ class Field(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hyper = nn.Sequential(
-            nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 5 * width)
-        )
+        self.hyper = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 5 * width))
         self.scale = 1 / math.sqrt(width)
         self.evaluations = 0
 
@@ -180,9 +178,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     # the CPU allocator keeps no peak: the profiler hears of each allocation (positive) and release (negative)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without its log lines
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
@@ -300,9 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for way in ways:
         way.nll = -log_density(way.model, held_out, args.steps).mean().item()
         way.optimizer.zero_grad()
-        way.peak_mib = peak_memory(
-            lambda way=way: negative_log_likelihood(way, batch, times).backward(), args.device
-        )
+        way.peak_mib = peak_memory(lambda way=way: negative_log_likelihood(way, batch, times).backward(), args.device)
     draw(ways, density(2_000 if args.quick else 40_000, generator).to(args.device), args)
     print_table(ways, -gaussian_log_density(held_out).mean().item(), args.device)
     print(f"picture: {args.output}")

@@ -13,6 +13,7 @@ from rampde.grid import time_dtype
 from rampde.problem import Problem, Stage
 from rampde.scaling import power_of_two_below
 from rampde.state import accumulation_dtype
+from rampde.tape import Gate
 from rampde.velocity import vector_jacobian_product
 
 METHODS = ("linear", "cubic")
@@ -123,21 +124,10 @@ class _Evaluation(torch.autograd.Function):
     def _differentiable_backward(ctx: Any, cotangents: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """The gradients with their own graph: the evaluation is repeated as autograd would record it."""
         velocity = ctx.problem.velocity
-        time, *y = ctx.saved_tensors
-        inputs = [time, *y, *ctx.captures]
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        gate = Gate()
+        time, *y = (gate(tensor) for tensor in ctx.saved_tensors)
         with velocity.autocast.entered():
             x = [leaf.to(dtype) for leaf, dtype in zip(y, velocity.dtypes, strict=True)]
             k = [value.to(leaf.dtype) for value, leaf in zip(velocity.evaluate(time, x), y, strict=True)]
-            pairs = [(value, c) for value, c in zip(k, cotangents, strict=True) if value.requires_grad]
-            found = iter(
-                torch.autograd.grad(
-                    [value for value, _ in pairs],
-                    wanted,
-                    [cotangent for _, cotangent in pairs],
-                    create_graph=True,
-                    allow_unused=True,
-                )
-            )
-        gradients = [next(found) if tensor.requires_grad else None for tensor in inputs]
+            gradients = gate.gradients(k, cotangents, [time, *y], ctx.captures)
         return (None, gradients[0], None, *gradients[1:])

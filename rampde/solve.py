@@ -17,7 +17,7 @@ from rampde.forward import integrate
 from rampde.grid import stage_times
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState, preserved
-from rampde.tape import integrate_taped
+from rampde.tape import Gate, integrate_taped
 
 
 def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
@@ -179,23 +179,7 @@ def _differentiable_backward(
     """The gradients with their own graph (``create_graph=True``): the solve is repeated on the tape."""
     if problem.random is not None:
         problem.random.restore()
+    gate = Gate()
+    points, y0 = gate(points), [gate(leaf) for leaf in y0]
     outputs = integrate_taped(problem, y0, points)
-    pairs = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if cotangent is not None and output.requires_grad
-    ]
-    inputs = [points, *y0, *captures]
-    if not pairs:
-        return [None] * len(inputs)
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    gradients = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            wanted,
-            [cotangent for _, cotangent in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]
+    return gate.gradients(outputs, cotangents, [points, *y0], captures)

@@ -58,15 +58,15 @@ class StateSpec:
                 raise TypeError(f"{name} has dtype {value.dtype}, expected a floating point or complex dtype")
             if value.dtype == torch.complex32:
                 raise TypeError(f"{name} has dtype torch.complex32, expected torch.complex64 or torch.complex128")
-            if value.layout != torch.strided or value.device.type == "meta":
-                raise TypeError(
-                    f"{name} has layout {value.layout} on {value.device}, expected a dense tensor with data"
-                )
+            if value.layout != torch.strided:
+                raise TypeError(f"{name} has layout {value.layout}, expected a dense tensor")
             device = value.device if device is None else device
             if value.device != device:
                 raise ValueError(f"{name} is on {value.device}, expected all of y0 on {device}")
             self.leaves.append(Leaf(name, value.shape, value.dtype))
         assert device is not None
+        if device.type == "meta":
+            raise TypeError(f"{self.leaves[0].name} is on meta, expected a tensor with data")
         self.device = device
         self.is_tensor = isinstance(y0, Tensor)
         self._is_tuple = type(y0) is tuple and all(isinstance(value, Tensor) for value in y0)

@@ -65,6 +65,61 @@ class Combination(torch.autograd.Function):
         return total.to(ctx.dtype)
 
 
+class Gate:
+    """The identity on tensors, which holds gradients back while it is closed.
+
+    A product with respect to a tensor and to another one it was computed from would run through the computation
+    between the two; behind a gate it does not, and later derivatives pass.
+    """
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        result: Tensor = _Gated.apply(self, tensor)  # type: ignore[no-untyped-call]
+        return result
+
+    def gradients(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        gated: Sequence[Tensor],
+        others: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """Gradients, with their own graph, of ``outputs`` with respect to ``gated`` and ``others``."""
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        inputs = [*gated, *others]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        if not pairs or not wanted:
+            return [None] * len(inputs)
+        self.closed = True
+        try:
+            found = iter(
+                torch.autograd.grad(
+                    [output for output, _ in pairs],
+                    wanted,
+                    [cotangent for _, cotangent in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+            )
+        finally:
+            self.closed = False
+        return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Gate, tensor: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gate = gate
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None]:
+        return None, None if ctx.gate.closed else grads[0]
+
+
 def integrate_taped(problem: Problem, y0: Sequence[Tensor], points: Tensor, first: Stage | None = None) -> list[Tensor]:
     """As :func:`rampde.forward.integrate`, every operation recorded by autograd.
 
