@@ -44,9 +44,7 @@ def used_terms(
     The others are not read: they cost nothing, and a NaN in them does not spread.
     """
     if len(terms) != len(coefficients):
-        raise ValueError(
-            f"{op}: {name} has {len(terms)} terms, expected {len(coefficients)}, one per coefficient"
-        )
+        raise ValueError(f"{op}: {name} has {len(terms)} terms, expected {len(coefficients)}, one per coefficient")
     shape, stride, device = y.shape, y.stride(), y.device
     used = []
     for index, term in enumerate(terms):
@@ -74,9 +72,7 @@ def check_output(op: str, name: str, y: Tensor, output: Tensor) -> None:
 def check_counter(op: str, name: str, y: Tensor, counter: Tensor) -> None:
     """A 0-dim int64 on the device of ``y``."""
     if counter.dtype != torch.int64 or counter.dim() != 0 or counter.device != y.device:
-        raise ValueError(
-            f"{op}: {name} is {_describe(counter)}, expected a 0-dim torch.int64 tensor on {y.device}"
-        )
+        raise ValueError(f"{op}: {name} is {_describe(counter)}, expected a 0-dim torch.int64 tensor on {y.device}")
 
 
 def _mismatch(op: str, name: str, y: Tensor, tensor: Tensor) -> ValueError:

@@ -12,10 +12,10 @@ from torch import Tensor
 from rampde import scaling
 from rampde.captures import find_unknown_leaf
 from rampde.checkpoint import Checkpoints
-from rampde.grid import Slices, stage_times
 from rampde.ops import accumulate_gradients, adjoint_stage, adjoint_update, update_scale
 from rampde.problem import Problem, Stage
 from rampde.state import accumulation_dtype
+from rampde.tableau import Combination
 from rampde.velocity import vector_jacobian_product
 
 Gradients = list[Tensor | None]
@@ -52,8 +52,9 @@ class Sweep:
         self.device = points.device
         self.cotangents = [self._by_grid_point(leaf) for leaf in cotangents]
         self.incoming = [leaf for leaf in cotangents if leaf is not None]
-        h, times = stage_times(points, problem.tableau.nodes, problem.velocity.spec.time_dtype, problem.perturb)
-        self.h, self.times = Slices(h), Slices(times.flatten())
+        assert problem.step_times is not None
+        self.step_times = problem.step_times
+        self.steps = len(problem.step_times)
         self.totals: Gradients = [None] * len(captures)
         self.any_complex = any(capture.is_complex() for capture in captures)
         self.complete = False  # whether every capture has a total
@@ -68,7 +69,7 @@ class Sweep:
 
     def run(self, y0: Sequence[Tensor]) -> tuple[Gradients, Tensor | None, Gradients]:
         """Gradients with respect to the leaves ``y0`` (in the state's dtype), the grid points and the captures."""
-        steps = len(self.h)
+        steps = self.steps
         adjoint = [
             torch.zeros_like(leaf, dtype=spec.state_dtype)
             for leaf, spec in zip(y0, self.problem.velocity.spec.leaves, strict=True)
@@ -93,7 +94,7 @@ class Sweep:
         scaler, state = self.scaler, self.scale_state
         self._decide([], steps=0)
         buffers = (adjoint, [torch.empty_like(lam) for lam in adjoint])
-        steps = len(self.h)
+        steps = self.steps
         attempts = 0
         committed = 0
         while True:
@@ -138,11 +139,11 @@ class Sweep:
         """No scale makes the step finite: gradients become infinite, which a ``GradScaler`` skips, or an error."""
         assert self.scaler is not None
         self.totals = [torch.full_like(capture, math.inf) for capture in self.captures]
-        self.time_gradients = [None] * len(self.h)
+        self.time_gradients = [None] * self.steps
         if attempts <= self.scaler.max_attempts:
             return  # the loss gradient itself was not finite, which is the caller's to know
         message = (
-            f"reached the maximum number of {self.scaler.max_attempts} attempts at step {step} of {len(self.h)},"
+            f"reached the maximum number of {self.scaler.max_attempts} attempts at step {step} of {self.steps},"
             f" t = {self.problem.grid.times[step]:.6g}: the vector-Jacobian product of func is not finite at any"
             " scale of its cotangent; use bfloat16 or look for NaN in func"
         )
@@ -168,26 +169,24 @@ class Sweep:
 
     def _sweep_step(self, step: int, adjoint: list[Tensor], adjoint_next: list[Tensor]) -> None:
         """Takes ``adjoint`` from the end of ``step`` to its start."""
-        h = self.h[step]
-        stages: list[Stage | None] = [*self.checkpoints.load(step, h, self.times)]
+        h, times = self.step_times[step]
+        stages: list[Stage | None] = [*self.checkpoints.load(step, h, times)]
         if not self.retain_graph:
             self.checkpoints.release(step)
-        vjps: list[list[Tensor | None]] = [[None] * len(stages) for _ in adjoint]
+        # products in the order of the sweep, for each leaf
+        vjps: list[list[Tensor | None]] = [[] for _ in adjoint]
         gradients: Gradients = []
-        time_gradient = _TimeGradient(self, step) if self.problem.time_needs_grad else None
-        # where f shows what it holds, a look at ever rarer steps is enough to see that it does
-        watched = step + 1 == len(self.h) or step & (step + 1) == 0
-        for i, b, later, weights in self.problem.tableau.cotangents:
+        time_gradient = _TimeGradient(self, h) if self.problem.time_needs_grad else None
+        # where f shows what it holds, a look at the last and at a middle step is enough to see that it does
+        watched = step + 1 == self.steps or step == self.steps // 2
+        for i, b, later in self.problem.tableau.cotangents:
             stage = stages[i]
             assert stage is not None
             stages[i] = None  # the graph of the stage goes as soon as its product is taken
-            cotangents = []
-            for lam, k, vjps_of_leaf in zip(adjoint, stage.k, vjps, strict=True):
-                present, a = [vjps_of_leaf[j] for j in later], weights
-                if self.sparse:
-                    pairs = [(vjp, weight) for vjp, weight in zip(present, a, strict=True) if vjp is not None]
-                    present, a = [vjp for vjp, _ in pairs], [weight for _, weight in pairs]
-                cotangents.append(adjoint_stage(lam, present, h, b, a, k.dtype, self.scale_state))
+            cotangents = [
+                self._stage_cotangent(lam, of_leaf, h, b, later, k.dtype)
+                for lam, of_leaf, k in zip(adjoint, vjps, stage.k, strict=True)
+            ]
             if watched or self.problem.opaque:
                 self._check_captures(stage)
                 watched = False
@@ -195,16 +194,15 @@ class Sweep:
             if time_gradient is not None:
                 inputs = [*inputs, stage.time]
                 time_gradient.add_velocity(stage.k, cotangents)
-            products = vector_jacobian_product(stage.k, [*inputs, *self.captures], cotangents, self.retain_graph)
-            for leaf, vjps_of_leaf in enumerate(vjps):
-                vjps_of_leaf[i] = products[leaf]
-                if products[leaf] is None:
-                    self.sparse = True
+            products = vector_jacobian_product(stage.k, (*inputs, *self.captures), cotangents, self.retain_graph)
+            for of_leaf, product in zip(vjps, products, strict=False):
+                of_leaf.append(product)
+                self.sparse = self.sparse or product is None
             if time_gradient is not None:
                 time_gradient.add_time(products[len(vjps)], self.problem.tableau.nodes[i])
             gradients.extend(products[len(inputs) :])
         for leaf, lam in enumerate(adjoint):
-            present = [vjp for vjp in vjps[leaf] if vjp is not None]
+            present = [vjp for vjp in vjps[leaf] if vjp is not None] if self.sparse else vjps[leaf]
             cotangent = self.cotangents[leaf].get(step)
             adjoint_update(lam, present, h, cotangent, adjoint_next[leaf], self.scale_state)
         if self.scale_state is not None:
@@ -213,6 +211,17 @@ class Sweep:
             self._accumulate(gradients, h)
         if time_gradient is not None:
             self.time_gradients[step] = time_gradient.ends()
+
+    def _stage_cotangent(
+        self, lam: Tensor, vjps: list[Tensor | None], h: Tensor, b: float, later: Combination, dtype: torch.dtype
+    ) -> Tensor:
+        """``S w_i`` for one leaf."""
+        present, weights = vjps if later.dense else later.pick(vjps), later.weights
+        if self.sparse:
+            pairs = [(vjp, weight) for vjp, weight in zip(present, weights, strict=True) if vjp is not None]
+            present, weights = [vjp for vjp, _ in pairs], [weight for _, weight in pairs]
+        cotangent: Tensor = adjoint_stage(lam, present, h, b, weights, dtype, self.scale_state)
+        return cotangent
 
     def _check_captures(self, stage: Stage) -> None:
         """Raises RuntimeError where f uses a tensor now that it did not show before: its gradient would be missing."""
@@ -269,16 +278,15 @@ class _TimeGradient:
     ``dL/dh = sum_i <k_i, w_i>`` at fixed stage times, and each stage time is ``(1 - c_i) start + c_i end``.
     """
 
-    def __init__(self, sweep: Sweep, step: int) -> None:
+    def __init__(self, sweep: Sweep, h: Tensor) -> None:
         self.scale = None if sweep.scale_state is None else sweep.scale_state[scaling.SCALE].clone()
-        self.h = sweep.h[step]
+        self.h = h
         self.dtype = self.h.dtype
         self.start = torch.zeros_like(self.h)
         self.end = torch.zeros_like(self.h)
 
-    def add_velocity(self, k: list[Tensor], cotangents: list[Tensor | None]) -> None:
+    def add_velocity(self, k: list[Tensor], cotangents: list[Tensor]) -> None:
         for velocity, cotangent in zip(k, cotangents, strict=True):
-            assert cotangent is not None
             product = (velocity.detach().to(self.dtype) * cotangent).sum()
             self.end += product
             self.start -= product

@@ -7,7 +7,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rampde.grid import Slices
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.stages import evaluate_stages
@@ -30,8 +29,8 @@ class Checkpoints(Protocol):
     def restore(self, tensors: Sequence[Tensor]) -> None:
         """Takes back what ``tensors`` gave."""
 
-    def load(self, step: int, h: Tensor, times: Slices) -> list[Stage]:
-        """The stages of a step with their graphs, at every call anew; ``times`` are the stage times of all steps."""
+    def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> list[Stage]:
+        """The stages of a step with their graphs, at every call anew."""
 
     def release(self, step: int) -> None:
         """Frees what is kept of a step that will not be loaded again."""
@@ -49,7 +48,7 @@ class KeptGraphs:
         assert graphs is not None
         self.steps.append(graphs)
 
-    def load(self, step: int, h: Tensor, times: Slices) -> list[Stage]:
+    def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> list[Stage]:
         return list(self.steps[step])
 
     def tensors(self) -> list[Tensor]:
@@ -88,19 +87,17 @@ class StepStates:
     def release(self, step: int) -> None:
         pass  # autograd holds the states until the backward pass is over
 
-    def load(self, step: int, h: Tensor, times: Slices) -> list[Stage]:
+    def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> list[Stage]:
         random = self.random[step]
         if random is not None:
             random.restore()
         y = self.states[step]
         # an alias: becoming a leaf of the graph must not show on the checkpoint
         x = [leaf.detach() for leaf in y]
-        count = self.problem.tableau.stages
-        own_times = [times[i] for i in range(step * count, (step + 1) * count)]
         if self.problem.time_needs_grad:
-            own_times = [time.detach().requires_grad_() for time in own_times]
+            times = [time.detach().requires_grad_() for time in times]
         stages: list[Stage] = []
-        evaluate_stages(self.problem, y, x, h, own_times, graphs=stages)
+        evaluate_stages(self.problem, y, x, h, times, graphs=stages)
         return stages
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rampde.checkpoint import Checkpoints
-from rampde.grid import unbound
+from rampde.grid import StepTimes, unbound
 from rampde.ops import rk_update
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
@@ -16,44 +16,41 @@ from rampde.stages import evaluate_stages
 
 
 def integrate(
-    problem: Problem, y0: list[Tensor], h_all: Tensor, times_all: Tensor, checkpoints: Checkpoints | None
+    problem: Problem, y0: list[Tensor], step_times: StepTimes, checkpoints: Checkpoints | None
 ) -> list[Tensor]:
     """States at the grid points ``problem.kept``: for each leaf (len(kept), *shape) in its output dtype.
 
     Args:
         problem: the solve; its ``first`` stage is used, not evaluated again.
         y0: real, dense leaves.
-        h_all: (N,) step sizes.
-        times_all: (N, s) times of the stages.
+        step_times: step sizes and stage times.
         checkpoints: where gradients are wanted, keeps of every step what the sweep will need.
     """
-    velocity, tableau = problem.velocity, problem.tableau
-    steps = h_all.shape[0]
-    h_of_step, time_of_stage = unbound(h_all), unbound(times_all.flatten())
+    assert problem.first is not None
+    velocity, update = problem.velocity, problem.tableau.update
+    weights, steps = update.weights, len(step_times)
     state_dtypes = [leaf.state_dtype for leaf in velocity.spec.leaves]
     # the rounded state is a tensor of its own where it differs from the state, or must outlive the step
     rounded = [
         checkpoints is not None or dtype != state for dtype, state in zip(velocity.dtypes, state_dtypes, strict=True)
     ]
     any_rounded = any(rounded)
-    overflow_step = torch.full((), steps, dtype=torch.int64, device=h_all.device) if velocity.half else None
-    update, weights = tableau.update, tableau.update.weights
-    stage_range = range(tableau.stages)
+    device = velocity.spec.device
+    overflow_step = torch.full((), steps, dtype=torch.int64, device=device) if velocity.half else None
 
     y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
-    x = y if problem.first is None else problem.first.x
-    first = problem.first
+    first: Stage | None = problem.first
+    x = problem.first.x
     compensation = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
     outputs = _Outputs(problem, y)
     graphs: list[Stage] | None = None
     random = problem.random
 
     for step in range(steps):
-        h = next(h_of_step)
-        times = [next(time_of_stage) for _ in stage_range]
+        h, times = step_times[step]
         if checkpoints is not None:
             if random is not None and step > 0:
-                random = RandomState.current(velocity.spec.device)
+                random = RandomState.current(device)
             if checkpoints.needs_graph:
                 graphs = []
                 if problem.time_needs_grad:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -174,23 +175,36 @@ def unbound(tensor: Tensor) -> Iterator[Tensor]:
         yield from tensor[start : start + CHUNK].unbind(0)
 
 
-class Slices:
-    """The slices of a tensor along its first dimension by index, made a chunk at a time."""
+class StepTimes:
+    """Step size and stage times of each step, as 0-dim tensors made a chunk at a time.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+    ``h``: (N,) step sizes in float64; ``times``: (N, s) times in the dtype that f receives.
+    """
+
+    def __init__(self, h: Tensor, times: Tensor) -> None:
+        self._h, self._times = h, times
+        self._stages = times.shape[1]
         self._chunk = -1
-        self._slices: tuple[Tensor, ...] = ()
+        self._h_of_chunk: tuple[Tensor, ...] = ()
+        self._times_of_chunk: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
-        return self._tensor.shape[0]
+        return self._h.shape[0]
 
-    def __getitem__(self, index: int) -> Tensor:
-        chunk, offset = divmod(index, CHUNK)
+    def __getitem__(self, step: int) -> tuple[Tensor, Sequence[Tensor]]:
+        chunk, offset = divmod(step, CHUNK)
         if chunk != self._chunk:
-            self._slices = self._tensor[chunk * CHUNK : (chunk + 1) * CHUNK].unbind(0)
+            rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+            self._h_of_chunk = self._h[rows].unbind(0)
+            self._times_of_chunk = self._times[rows].flatten().unbind(0)
             self._chunk = chunk
-        return self._slices[offset]
+        first = offset * self._stages
+        return self._h_of_chunk[offset], self._times_of_chunk[first : first + self._stages]
+
+
+@lru_cache
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def stage_times(points: Tensor, nodes: tuple[float, ...], dtype: torch.dtype, perturb: bool) -> tuple[Tensor, Tensor]:
@@ -200,12 +214,17 @@ def stage_times(points: Tensor, nodes: tuple[float, ...], dtype: torch.dtype, pe
     """
     start, end = points[:-1], points[1:]
     h = end - start
-    columns = []
-    for node in nodes:
-        time = start if node == 0.0 else end if node == 1.0 else start + node * h
-        time = time.to(dtype)
-        if perturb and node in (0.0, 1.0):
-            time = torch.nextafter(time, (end if node == 0.0 else start).to(dtype))
-        columns.append(time)
-    with switched_off(points.device):
-        return h, torch.stack(columns, dim=1)
+    times = start[:, None] + h[:, None] * _on_device(nodes, h.dtype, h.device)
+    for stage, node in enumerate(nodes):
+        if node == 1.0:
+            times[:, stage] = end  # start + h may miss it by its rounding
+    times = times.to(dtype)
+    if perturb:
+        inner = {0.0: end.to(dtype), 1.0: start.to(dtype)}
+        columns = [
+            torch.nextafter(time, inner[node]) if node in inner else time
+            for time, node in zip(times.unbind(1), nodes, strict=True)
+        ]
+        with switched_off(points.device):
+            times = torch.stack(columns, dim=1)
+    return h, times

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rampde.grid import TimeGrid
+from rampde.grid import StepTimes, TimeGrid
 from rampde.randomness import RandomState
 from rampde.scaling import DynamicScaler
 from rampde.tableau import ButcherTableau, Combination
@@ -39,6 +39,7 @@ class Problem:
         poison: without a scaler, whether one non-finite gradient makes all of them infinite, so that a
             ``GradScaler`` skips the step.
         output_dtypes: dtype of each leaf of the result.
+        step_times: step sizes and stage times, once the solve has begun.
         first: the evaluation at the start, done before the solve as it shows what f returns and captures; None
             where there are no steps.
         random: state of the random number generators before ``first``; None when f draws no random numbers.
@@ -59,6 +60,7 @@ class Problem:
     scaler_given: bool
     poison: bool
     output_dtypes: list[torch.dtype]
+    step_times: StepTimes | None = None
     first: Stage | None = None
     random: RandomState | None = None
     time_needs_grad: bool = False

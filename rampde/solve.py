@@ -14,7 +14,7 @@ from rampde.adjoint import Sweep
 from rampde.captures import Captures, hooks_muted, record
 from rampde.checkpoint import new_checkpoints
 from rampde.forward import integrate
-from rampde.grid import stage_times
+from rampde.grid import StepTimes, stage_times
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState, preserved
 from rampde.tape import Gate, integrate_taped
@@ -33,10 +33,11 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
         x = [leaf.detach().to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
     if h.shape[0] == 0:
         return [leaf[None].to(dtype) for leaf, dtype in zip(y0, problem.output_dtypes, strict=True)]
-    time = times[0, 0]
+    problem.step_times = StepTimes(h, times)
+    time = problem.step_times[0][1][0]
     if not torch.is_grad_enabled():
         problem.first = Stage(time, x, velocity.evaluate_first(time, x))
-        return integrate(problem, y0, h, times, None)
+        return integrate(problem, y0, problem.step_times, None)
 
     problem.time_needs_grad = points.requires_grad
     before = RandomState.current(velocity.spec.device)
@@ -54,11 +55,11 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
     wanted = captures.tensors or problem.time_needs_grad or any(leaf.requires_grad for leaf in y0)
     if not wanted:
         with torch.no_grad():
-            return integrate(problem, y0, h, times, None)
+            return integrate(problem, y0, problem.step_times, None)
     after = RandomState.current(velocity.spec.device)
     problem.random = None if before.equals(after) else before
     outputs = _AdjointSolve.apply(  # type: ignore[no-untyped-call]
-        problem, captures.observed, h, times, points, *y0, *captures.tensors
+        problem, captures.observed, points, *y0, *captures.tensors
     )
     replayable = problem.checkpoint != "step" or problem.random is not None
     if not replayable and not after.equals(RandomState.current(velocity.spec.device)):
@@ -106,13 +107,12 @@ class _AdjointSolve(torch.autograd.Function):
     """The forward solve, and the sweep as its backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, problem: Problem, observed: int, h: Tensor, times: Tensor, points: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, problem: Problem, observed: int, points: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = len(problem.leaves)
         y0, captures = tensors[:leaves], tensors[leaves:]
         checkpoints = new_checkpoints(problem)
-        outputs = integrate(problem, [leaf.detach() for leaf in y0], h, times, checkpoints)
+        assert problem.step_times is not None
+        outputs = integrate(problem, [leaf.detach() for leaf in y0], problem.step_times, checkpoints)
         problem.first = None
         if problem.velocity.autocast.enabled and not checkpoints.needs_graph:
             # casts made above without a graph would detach these parameters in the rest of the caller's region
@@ -132,7 +132,7 @@ class _AdjointSolve(torch.autograd.Function):
         points, *saved = ctx.saved_tensors
         y0, saved = saved[:leaves], saved[leaves:]
         captures = [*saved[: ctx.observed], *ctx.unobserved]
-        unused = (None, None, None, None)
+        unused = (None, None)
         if all(cotangent is None for cotangent in cotangents):
             return (*unused, None, *[None] * (leaves + len(captures)))
         with ExitStack() as stack:

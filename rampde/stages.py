@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from rampde.ops import rk_stage
@@ -13,7 +15,7 @@ def evaluate_stages(
     y: list[Tensor],
     x: list[Tensor],
     h: Tensor,
-    times: list[Tensor],
+    times: Sequence[Tensor],
     first: Stage | None = None,
     graphs: list[Stage] | None = None,
 ) -> list[list[Tensor]]:
@@ -25,20 +27,25 @@ def evaluate_stages(
     velocity = problem.velocity
     evaluate = velocity.evaluate if graphs is None else velocity.evaluate_with_graph
     k = evaluate(times[0], x) if first is None else first.k
-    velocities = [[value] for value in k]
     if graphs is not None:
         graphs.append(Stage(times[0], x, k) if first is None else first)
-    dtypes = velocity.dtypes
-    for i, inputs in problem.later_stages:
-        time = times[i]
-        x = [
+    if len(y) == 1 and graphs is None:
+        # a state of one tensor, the usual case, without the loops over leaves
+        state, dtype, k = y[0], velocity.dtypes[0], list(k)
+        for i, inputs in problem.later_stages:
             # at stage i the list of velocities is that of the stages before it
-            rk_stage(state, k_of_leaf if inputs.dense else inputs.pick(k_of_leaf), h, inputs.weights, dtype)
-            for state, k_of_leaf, dtype in zip(y, velocities, dtypes)  # noqa: B905  a strict zip costs time here
+            terms = k if inputs.dense else inputs.pick(k)
+            k += evaluate(times[i], [rk_stage(state, terms, h, inputs.weights, dtype)])
+        return [k]
+    velocities = [[value] for value in k]
+    for i, inputs in problem.later_stages:
+        x = [
+            rk_stage(state, terms if inputs.dense else inputs.pick(terms), h, inputs.weights, dtype)
+            for state, terms, dtype in zip(y, velocities, velocity.dtypes, strict=True)
         ]
-        k = evaluate(time, x)
-        for k_of_leaf, value in zip(velocities, k):  # noqa: B905
-            k_of_leaf.append(value)
+        k = evaluate(times[i], x)
+        for of_leaf, value in zip(velocities, k, strict=True):
+            of_leaf.append(value)
         if graphs is not None:
-            graphs.append(Stage(time, x, k))
+            graphs.append(Stage(times[i], x, k))
     return velocities

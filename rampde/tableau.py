@@ -36,12 +36,14 @@ class Combination:
 
 
 class StageCotangent(NamedTuple):
-    """``w_i = b lam + sum_j a_j g_j`` over the later stages ``j`` whose input holds ``k_i``."""
+    """``w_i = b lam + sum_j a_j g_j`` over the later stages ``j`` whose input holds ``k_i``.
+
+    ``later`` counts stages as the sweep meets them, the last one that affects anything being 0.
+    """
 
     stage: int
     b: float
-    later: tuple[int, ...]
-    a: list[float]
+    later: Combination
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,12 @@ class ButcherTableau:
     def cotangents(self) -> tuple[StageCotangent, ...]:
         """What makes up the cotangent of each stage, last stage first; stages that affect nothing are left out."""
         cotangents: list[StageCotangent] = []
-        used: set[int] = set()
+        swept: list[int] = []
         for i in reversed(range(self.stages)):
-            later = [j for j in range(i + 1, self.stages) if j in used and self.a[j][i] != 0]
-            if self.b[i] != 0 or later:
-                used.add(i)
-                weights = [float(self.a[j][i]) for j in later]
-                cotangents.append(StageCotangent(i, float(self.b[i]), tuple(later), weights))
+            later = _combination([self.a[j][i] for j in swept])
+            if self.b[i] != 0 or later.stages:
+                cotangents.append(StageCotangent(i, float(self.b[i]), later))
+                swept.append(i)
         return tuple(cotangents)
 
     @cached_property

@@ -57,11 +57,15 @@ class Velocity:
         return self.spec.velocity_leaves(k)
 
     def evaluate_with_graph(self, time: Tensor, x: list[Tensor]) -> list[Tensor]:
-        """As ``evaluate``, recording the graph; ``x`` become leaves of it."""
+        """As ``evaluate``, recording the graph; ``x`` become leaves of it. Called where no graph is recorded."""
         for leaf in x:
             leaf.requires_grad_()
-        with torch.enable_grad():
+        # what torch.enable_grad does, at a third of its price
+        torch._C._set_grad_enabled(True)
+        try:
             return self.evaluate(time, x)
+        finally:
+            torch._C._set_grad_enabled(False)
 
 
 def vector_jacobian_product(

@@ -37,9 +37,7 @@ class Backend:
         return getattr(eager if self.name == "eager" else ops, operator)
 
 
-def random(
-    shape: Sequence[int], dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous"
-) -> Tensor:
+def random(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous") -> Tensor:
     """Normally distributed, rounded to ``dtype``."""
     values = torch.randn(tuple(shape), dtype=torch.float64).to(device=device, dtype=dtype)
     if layout == "channels_last":
@@ -53,9 +51,7 @@ def random(
     return values
 
 
-def mixed(
-    count: int, like: Tensor, dtypes: Sequence[torch.dtype] = DTYPES, layout: str = "contiguous"
-) -> list[Tensor]:
+def mixed(count: int, like: Tensor, dtypes: Sequence[torch.dtype] = DTYPES, layout: str = "contiguous") -> list[Tensor]:
     """``count`` random tensors of the shape and device of ``like``, of ``dtypes`` in turn."""
     turns = itertools.islice(itertools.cycle(dtypes), count)
     return [random(like.shape, dtype, like.device.type, layout) for dtype in turns]
@@ -78,8 +74,7 @@ def scale_state(device: str, scale: float = 1024.0, **values: float) -> Tensor:
 def same_bits(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
     """Whether tensors are equal to the last bit, NaN and the sign of zero included."""
     return all(
-        x.dtype == y.dtype and x.shape == y.shape and bytes_of(x) == bytes_of(y)
-        for x, y in zip(xs, ys, strict=True)
+        x.dtype == y.dtype and x.shape == y.shape and bytes_of(x) == bytes_of(y) for x, y in zip(xs, ys, strict=True)
     )
 
 

@@ -46,9 +46,7 @@ def composed(
 @pytest.mark.parametrize("stages", [0, 1, 3, 16])
 @pytest.mark.parametrize("result", DTYPES)
 @pytest.mark.parametrize("state", DTYPES)
-def test_precision(
-    backend: Backend, state: torch.dtype, result: torch.dtype, stages: int, scaled: bool
-) -> None:
+def test_precision(backend: Backend, state: torch.dtype, result: torch.dtype, stages: int, scaled: bool) -> None:
     adjoint = random((777,), state, backend.device)
     vjps, a, h = mixed(stages, adjoint), COEFFICIENTS[:stages], scalar(-0.1, backend.device)
     scale, scaling = (SCALE, scale_state(backend.device, SCALE)) if scaled else (1.0, None)

@@ -30,9 +30,7 @@ def exact(adjoint: Tensor, vjps: list[Tensor], h: Tensor, cotangent: Tensor | No
     return total if cotangent is None else total + cotangent.double()
 
 
-def composed(
-    adjoint: Tensor, vjps: list[Tensor], h: Tensor, cotangent: Tensor | None, scale: float
-) -> Tensor:
+def composed(adjoint: Tensor, vjps: list[Tensor], h: Tensor, cotangent: Tensor | None, scale: float) -> Tensor:
     """Another order of the same operations: the products of stages are summed first."""
     accumulate = eager.accumulation_dtype(adjoint.dtype)
     total = torch.zeros(adjoint.shape, dtype=accumulate, device=adjoint.device)
@@ -48,9 +46,7 @@ def composed(
 @pytest.mark.parametrize("stages", [0, 1, 4, 16])
 @pytest.mark.parametrize("loss", [None, *DTYPES])
 @pytest.mark.parametrize("state", DTYPES)
-def test_precision(
-    backend: Backend, state: torch.dtype, loss: torch.dtype | None, stages: int, scaled: bool
-) -> None:
+def test_precision(backend: Backend, state: torch.dtype, loss: torch.dtype | None, stages: int, scaled: bool) -> None:
     adjoint = random((777,), state, backend.device)
     vjps, h = mixed(stages, adjoint), scalar(-0.1, backend.device)
     cotangent = None if loss is None else random((777,), loss, backend.device)
@@ -71,9 +67,7 @@ def test_sizes(backend: Backend, shape: tuple[int, ...], product: torch.dtype) -
     vjps, scaling = mixed(5, adjoint, [product]), scale_state(backend.device, SCALE)
     adjoint_next = torch.empty_like(adjoint)
     backend.adjoint_update(adjoint, vjps, h, None, adjoint_next, scaling)
-    assert_within_budget(
-        adjoint_next, composed(adjoint, vjps, h, None, SCALE), exact(adjoint, vjps, h, None, SCALE)
-    )
+    assert_within_budget(adjoint_next, composed(adjoint, vjps, h, None, SCALE), exact(adjoint, vjps, h, None, SCALE))
     if adjoint.numel() == 0:
         assert same_bits([scaling], [scale_state("cpu", SCALE)])
 
@@ -161,9 +155,7 @@ def test_deterministic(backend: Backend) -> None:
 @pytest.mark.parametrize("complete", [False, True])
 def test_opcheck(complete: bool) -> None:
     adjoint = random(LAYOUTS["channels_last"], torch.float32, layout="channels_last")
-    cotangent, scaling = (
-        (random(adjoint.shape, torch.float16), scale_state("cpu")) if complete else (None, None)
-    )
+    cotangent, scaling = (random(adjoint.shape, torch.float16), scale_state("cpu")) if complete else (None, None)
     arguments = (
         adjoint,
         mixed(3, adjoint),

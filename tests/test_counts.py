@@ -156,9 +156,10 @@ def test_no_host_reads_in_a_step(checkpoint, precision):
         for name in operators:
             assert name.removeprefix("aten::") not in HOST_READS
     once = count(FEW, checkpoint, precision)
-    # a solve looks at the device for t and y0, under float16 for an overflow; a scaled sweep at its start and end
-    reads = sum(passes.operators[f"aten::{name}"] for passes in once for name in HOST_READS)
-    assert reads <= 4
+    # once for y0, under float16 once for an overflow and once after the first step of the sweep; t and the state of
+    # the sweep are read as lists, and states of random generators lie on the host
+    reads = sum(passes.operators[f"aten::{name}"] for passes in once for name in HOST_READS if name != "equal")
+    assert reads == (3 if precision == torch.float16 else 1)
 
 
 @pytest.mark.parametrize(("method", "stages"), [("euler", 1), ("heun3", 3), ("rk4", 4), ("rk4_classic", 4)])

@@ -39,9 +39,7 @@ def test_compiles_without_spills(source: Path, tmp_path: Path) -> None:
         pytest.skip("no nvcc")
     architectures = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
     compiled = tmp_path / "kernel.o"
-    output = run(
-        nvcc, "-c", source, "-o", compiled, *FLAGS, "-DUSE_CUDA", *INCLUDES, *architectures, "-Xptxas=-v"
-    )
+    output = run(nvcc, "-c", source, "-o", compiled, *FLAGS, "-DUSE_CUDA", *INCLUDES, *architectures, "-Xptxas=-v")
     stack = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
     assert len(stack) >= 4, output
     assert {number for numbers in stack for number in numbers} == {"0"}, output

@@ -102,9 +102,9 @@ def test_rounding_is_that_of_pytorch(backend: Backend, dtype: torch.dtype) -> No
     special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, largest, largest * (1 + 2**-8), tiny / 3]
     halfway = 1 + torch.finfo(dtype).eps * (torch.arange(64) + 0.5)
     bits = torch.randint(-(2**31), 2**31, (100_000,)).to(torch.int32).view(torch.float32)
-    y = torch.cat(
-        [torch.tensor(special), halfway, -halfway * tiny / 16, bits, torch.randn(10_000) * tiny]
-    ).to(backend.device)
+    y = torch.cat([torch.tensor(special), halfway, -halfway * tiny / 16, bits, torch.randn(10_000) * tiny]).to(
+        backend.device
+    )
     h = scalar(1.0, backend.device)
     for state in (y, y.double()):
         x = backend.rk_stage(state, [], h, [], dtype)
@@ -136,9 +136,7 @@ def test_cpu_agrees_with_the_oracle_to_the_last_bit(state: torch.dtype) -> None:
 def test_velocity_may_be_the_state(backend: Backend) -> None:
     y, h = random((333,), torch.float32, backend.device), scalar(0.1, backend.device)
     x = backend.rk_stage(y, [y, y], h, [1.0, 2.0], torch.float32)
-    assert_within_budget(
-        x, composed(y, [y, y], h, [1.0, 2.0], torch.float32), exact(y, [y, y], h, [1.0, 2.0])
-    )
+    assert_within_budget(x, composed(y, [y, y], h, [1.0, 2.0], torch.float32), exact(y, [y, y], h, [1.0, 2.0]))
 
 
 def test_deterministic(backend: Backend) -> None:

@@ -115,9 +115,7 @@ def test_two_sum_is_exact(backend: Backend, state: torch.dtype) -> None:
     assert torch.equal(y_next, (base + error.double()).float())
 
 
-@pytest.mark.parametrize(
-    ("value", "seen"), [(torch.nan, True), (-torch.inf, True), (1e6, True), (6e4, False)]
-)
+@pytest.mark.parametrize(("value", "seen"), [(torch.nan, True), (-torch.inf, True), (1e6, True), (6e4, False)])
 @pytest.mark.parametrize("position", [0, 17, 40_000])
 def test_overflow_step(backend: Backend, value: float, seen: bool, position: int) -> None:
     """The first step after which the state, as the checkpoint holds it, is not finite."""
@@ -126,9 +124,7 @@ def test_overflow_step(backend: Backend, value: float, seen: bool, position: int
     checkpoint, h = torch.empty_like(y, dtype=torch.float16), scalar(0.0, backend.device)
     for before, step, after in ((99, 5, 5), (3, 5, 3)):
         overflow_step = scalar(before, backend.device, torch.int64)
-        backend.rk_update(
-            y, [y.bfloat16()], h, [0.0], torch.empty_like(y), checkpoint, None, overflow_step, step
-        )
+        backend.rk_update(y, [y.bfloat16()], h, [0.0], torch.empty_like(y), checkpoint, None, overflow_step, step)
         assert overflow_step == (after if seen else before)
     overflow_step = scalar(99, backend.device, torch.int64)
     backend.rk_update(y, [], h, [], torch.empty_like(y), None, None, overflow_step, 5)

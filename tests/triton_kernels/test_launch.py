@@ -81,9 +81,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInD
     triton.runtime.driver.set_active(None)
 
 
-def test_steps_and_sizes_share_one_compilation(
-    driver: StandInDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_and_sizes_share_one_compilation(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = torch.linspace(0, 1, 9, dtype=torch.float64)
     overflow = torch.zeros(3, dtype=torch.int64)
     for step, size in enumerate((4096, 1, 16, 17, 5000)):

@@ -56,9 +56,7 @@ def assert_within_budget(found: Tensor, independent: Tensor, exact: Tensor) -> N
         tolerance.assert_within_budget(found, independent, exact)
         return
     # one unit in the last place; the sum that is truncated carries an error of its own
-    budget = (
-        torch.finfo(found.dtype).eps * exact.abs() + 2 * torch.finfo(torch.float32).eps * exact.abs().max()
-    )
+    budget = torch.finfo(found.dtype).eps * exact.abs() + 2 * torch.finfo(torch.float32).eps * exact.abs().max()
     assert found.dtype == independent.dtype
     assert bool(((found.double() - exact).abs() <= budget).all())
 
@@ -69,9 +67,7 @@ def update_both(
     """The outputs of the kernel and of the oracle, from copies of the same operands."""
     results = []
     for operator in (rk_update, eager.rk_update):
-        arguments = {
-            name: value.clone() if isinstance(value, Tensor) else value for name, value in outputs.items()
-        }
+        arguments = {name: value.clone() if isinstance(value, Tensor) else value for name, value in outputs.items()}
         operator(y.clone(), [term.clone() for term in k], h, b, **arguments)
         results.append(arguments)
     return results[0], results[1]
@@ -95,9 +91,7 @@ def test_stage_takes_any_number_of_terms(count: int) -> None:
     k = [torch.randn(1000, dtype=torch.float16) for _ in range(count)]
     a = coefficients(count)
     found = rk_stage(y, k, step_size(), a, torch.float32)
-    assert_within_budget(
-        found, eager.rk_stage(y, k, step_size(), a, torch.float32), exact_sum(y, k, step_size(), a)
-    )
+    assert_within_budget(found, eager.rk_stage(y, k, step_size(), a, torch.float32), exact_sum(y, k, step_size(), a))
 
 
 @pytest.mark.parametrize("y_dtype", [torch.float64, torch.float32])
@@ -165,9 +159,7 @@ def test_empty_states_are_checked_and_left() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("next_dtype", DTYPES)
 @pytest.mark.parametrize("checkpoint_dtype", [None, *DTYPES])
-def test_update_writes_every_output(
-    size: int, next_dtype: torch.dtype, checkpoint_dtype: torch.dtype | None
-) -> None:
+def test_update_writes_every_output(size: int, next_dtype: torch.dtype, checkpoint_dtype: torch.dtype | None) -> None:
     k = [torch.randn(size).to(k_dtype) for k_dtype in DTYPES]
     b = coefficients(len(k))
     for y in (torch.randn(size), torch.randn(size, dtype=torch.float64), torch.randn(size).half()):
