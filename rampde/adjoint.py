@@ -170,6 +170,7 @@ class Sweep:
     def _sweep_step(self, step: int, adjoint: list[Tensor], adjoint_next: list[Tensor]) -> None:
         """Takes ``adjoint`` from the end of ``step`` to its start."""
         h, times = self.step_times[step]
+        captures, retain_graph, scale_state = self.captures, self.retain_graph, self.scale_state
         stages: list[Stage | None] = [*self.checkpoints.load(step, h, times)]
         if not self.retain_graph:
             self.checkpoints.release(step)
@@ -183,10 +184,13 @@ class Sweep:
             stage = stages[i]
             assert stage is not None
             stages[i] = None  # the graph of the stage goes as soon as its product is taken
-            cotangents = [
-                self._stage_cotangent(lam, of_leaf, h, b, later, k.dtype)
-                for lam, of_leaf, k in zip(adjoint, vjps, stage.k, strict=True)
-            ]
+            cotangents = []
+            for lam, of_leaf, k in zip(adjoint, vjps, stage.k, strict=True):
+                terms: Sequence[Tensor | None] = of_leaf
+                weights = later.weights
+                if self.sparse or not later.dense:
+                    terms, weights = _present(later, of_leaf)
+                cotangents.append(adjoint_stage(lam, terms, h, b, weights, k.dtype, scale_state))
             if watched or self.problem.opaque:
                 self._check_captures(stage)
                 watched = False
@@ -194,7 +198,7 @@ class Sweep:
             if time_gradient is not None:
                 inputs = [*inputs, stage.time]
                 time_gradient.add_velocity(stage.k, cotangents)
-            products = vector_jacobian_product(stage.k, (*inputs, *self.captures), cotangents, self.retain_graph)
+            products = vector_jacobian_product(stage.k, (*inputs, *captures), cotangents, retain_graph)
             for of_leaf, product in zip(vjps, products, strict=False):
                 of_leaf.append(product)
                 self.sparse = self.sparse or product is None
@@ -211,17 +215,6 @@ class Sweep:
             self._accumulate(gradients, h)
         if time_gradient is not None:
             self.time_gradients[step] = time_gradient.ends()
-
-    def _stage_cotangent(
-        self, lam: Tensor, vjps: list[Tensor | None], h: Tensor, b: float, later: Combination, dtype: torch.dtype
-    ) -> Tensor:
-        """``S w_i`` for one leaf."""
-        present, weights = vjps if later.dense else later.pick(vjps), later.weights
-        if self.sparse:
-            pairs = [(vjp, weight) for vjp, weight in zip(present, weights, strict=True) if vjp is not None]
-            present, weights = [vjp for vjp, _ in pairs], [weight for _, weight in pairs]
-        cotangent: Tensor = adjoint_stage(lam, present, h, b, weights, dtype, self.scale_state)
-        return cotangent
 
     def _check_captures(self, stage: Stage) -> None:
         """Raises RuntimeError where f uses a tensor now that it did not show before: its gradient would be missing."""
@@ -270,6 +263,12 @@ class Sweep:
             gradients = [None if g is None else torch.where(finite, g, math.inf) for g in gradients]
             totals = [None if g is None else torch.where(finite, g, math.inf) for g in totals]
         return gradients, points, totals
+
+
+def _present(later: Combination, vjps: list[Tensor | None]) -> tuple[list[Tensor], list[float]]:
+    """The products in a cotangent and their weights, less those that are zero."""
+    pairs = [(vjp, a) for vjp, a in zip(later.pick(vjps), later.weights, strict=True) if vjp is not None]
+    return [vjp for vjp, _ in pairs], [a for _, a in pairs]
 
 
 class _TimeGradient:

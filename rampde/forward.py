@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rampde.checkpoint import Checkpoints
 from rampde.grid import StepTimes, unbound
-from rampde.ops import rk_update
+from rampde.ops import rk_stage, rk_update
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.stages import evaluate_stages
@@ -26,9 +28,7 @@ def integrate(
         step_times: step sizes and stage times.
         checkpoints: where gradients are wanted, keeps of every step what the sweep will need.
     """
-    assert problem.first is not None
-    velocity, update = problem.velocity, problem.tableau.update
-    weights, steps = update.weights, len(step_times)
+    velocity, steps = problem.velocity, len(step_times)
     state_dtypes = [leaf.state_dtype for leaf in velocity.spec.leaves]
     # the rounded state is a tensor of its own where it differs from the state, or must outlive the step
     rounded = [
@@ -39,18 +39,39 @@ def integrate(
     overflow_step = torch.full((), steps, dtype=torch.int64, device=device) if velocity.half else None
 
     y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
+    outputs = _Outputs(problem, y)
+    with_graph = checkpoints is not None and checkpoints.needs_graph
+    if velocity.is_plain and not with_graph and not problem.compensated and problem.random is None:
+        _integrate_tensor(problem, y[0], step_times, checkpoints, outputs, any_rounded, overflow_step)
+    else:
+        _integrate_leaves(problem, y, step_times, checkpoints, outputs, rounded, overflow_step)
+    if overflow_step is not None:
+        _warn_of_overflow(problem, int(overflow_step.item()))
+    return outputs.leaves
+
+
+def _integrate_leaves(
+    problem: Problem,
+    y: list[Tensor],
+    step_times: StepTimes,
+    checkpoints: Checkpoints | None,
+    outputs: _Outputs,
+    rounded: list[bool],
+    overflow_step: Tensor | None,
+) -> None:
+    """The loop over the steps, for any state."""
+    assert problem.first is not None
+    velocity, update = problem.velocity, problem.tableau.update
+    weights = update.weights
     first: Stage | None = problem.first
     x = problem.first.x
     compensation = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
-    outputs = _Outputs(problem, y)
     graphs: list[Stage] | None = None
     random = problem.random
-
-    for step in range(steps):
-        h, times = step_times[step]
+    for step, (h, times) in enumerate(step_times):
         if checkpoints is not None:
             if random is not None and step > 0:
-                random = RandomState.current(device)
+                random = RandomState.current(velocity.spec.device)
             if checkpoints.needs_graph:
                 graphs = []
                 if problem.time_needs_grad:
@@ -61,12 +82,10 @@ def integrate(
             checkpoints.store(x, graphs, random)
 
         y_next = outputs.next_state(step + 1, y)
-        x = y_next
-        if any_rounded:
-            x = [
-                torch.empty_like(state, dtype=dtype) if separate else state
-                for state, dtype, separate in zip(y_next, velocity.dtypes, rounded, strict=True)
-            ]
+        x = [
+            torch.empty_like(state, dtype=dtype) if separate else state
+            for state, dtype, separate in zip(y_next, velocity.dtypes, rounded, strict=True)
+        ]
         for leaf, state in enumerate(y):
             k = velocities[leaf] if update.dense else update.pick(velocities[leaf])
             checkpoint = x[leaf] if rounded[leaf] else None
@@ -74,9 +93,47 @@ def integrate(
         y = y_next
         outputs.keep(y)
 
-    if overflow_step is not None:
-        _warn_of_overflow(problem, int(overflow_step.item()))
-    return outputs.leaves
+
+def _integrate_tensor(
+    problem: Problem,
+    y: Tensor,
+    step_times: StepTimes,
+    checkpoints: Checkpoints | None,
+    outputs: _Outputs,
+    rounded: bool,
+    overflow_step: Tensor | None,
+) -> None:
+    """The loop over the steps for a state of one real tensor, without graphs: the usual case.
+
+    The same as :func:`_integrate_leaves`, with as little Python as can be between two evaluations of f: for a small
+    f, which evicts it from the caches at every call, this is what a solve costs.
+    """
+    assert problem.first is not None
+    func, dtype, update = problem.velocity.func, problem.velocity.dtypes[0], problem.tableau.update
+    later_stages = problem.later_stages
+    weights = update.weights
+    first = problem.first.k
+    x = problem.first.x[0]
+    for step, (h, times) in enumerate(step_times):
+        # f was seen to return a tensor at its first evaluation
+        k: list[Any] = [func(times[0], x)] if step > 0 else list(first)
+        for i, inputs in later_stages:
+            # at stage i the list of velocities is that of the stages before it
+            terms = k if inputs.dense else inputs.pick(k)
+            k.append(func(times[i], rk_stage(y, terms, h, inputs.weights, dtype)))
+        if checkpoints is not None:
+            checkpoints.store([x], None, None)
+        if not update.dense:
+            k = update.pick(k)
+        (y_next,) = outputs.next_state(step + 1, (y,))
+        if rounded:
+            x = torch.empty_like(y_next, dtype=dtype)
+            rk_update(y, k, h, weights, y_next, x, None, overflow_step, step)
+        else:
+            x = y_next
+            rk_update(y, k, h, weights, y_next)
+        y = y_next
+        outputs.keep((y,))
 
 
 class _Outputs:
@@ -105,7 +162,7 @@ class _Outputs:
         self.position += 1
         return [next(slots) for slots in self.slots_of_leaf]
 
-    def next_state(self, index: int, y: list[Tensor]) -> list[Tensor]:
+    def next_state(self, index: int, y: Sequence[Tensor]) -> list[Tensor]:
         """Where the state at grid point ``index`` is to be written."""
         self.slots = self._take(index)
         if self.slots is not None and self.all_direct:
@@ -117,7 +174,7 @@ class _Outputs:
             for slot, direct, leaf in zip(self.slots, self.direct, y, strict=True)
         ]
 
-    def keep(self, y: list[Tensor]) -> None:
+    def keep(self, y: Sequence[Tensor]) -> None:
         """Completes the result after the update has written ``y``."""
         if self.slots is None or self.all_direct:
             return

@@ -191,6 +191,13 @@ class StepTimes:
     def __len__(self) -> int:
         return self._h.shape[0]
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        stages = self._stages
+        for start in range(0, len(self), CHUNK):
+            times = self._times[start : start + CHUNK].flatten().unbind(0)
+            for offset, h in enumerate(self._h[start : start + CHUNK].unbind(0)):
+                yield h, times[offset * stages : (offset + 1) * stages]
+
     def __getitem__(self, step: int) -> tuple[Tensor, Sequence[Tensor]]:
         chunk, offset = divmod(step, CHUNK)
         if chunk != self._chunk:

@@ -29,17 +29,10 @@ def evaluate_stages(
     k = evaluate(times[0], x) if first is None else first.k
     if graphs is not None:
         graphs.append(Stage(times[0], x, k) if first is None else first)
-    if len(y) == 1 and graphs is None:
-        # a state of one tensor, the usual case, without the loops over leaves
-        state, dtype, k = y[0], velocity.dtypes[0], list(k)
-        for i, inputs in problem.later_stages:
-            # at stage i the list of velocities is that of the stages before it
-            terms = k if inputs.dense else inputs.pick(k)
-            k += evaluate(times[i], [rk_stage(state, terms, h, inputs.weights, dtype)])
-        return [k]
     velocities = [[value] for value in k]
     for i, inputs in problem.later_stages:
         x = [
+            # at stage i the list of velocities is that of the stages before it
             rk_stage(state, terms if inputs.dense else inputs.pick(terms), h, inputs.weights, dtype)
             for state, terms, dtype in zip(y, velocities, velocity.dtypes, strict=True)
         ]

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd import Variable
 
 from rampde.autocast import AutocastState
 from rampde.state import State, StateSpec
+
+_run_backward: Callable[..., tuple[Tensor | None, ...]] = Variable._execution_engine.run_backward
 
 
 class Velocity:
@@ -19,6 +21,7 @@ class Velocity:
         spec: structure of the state.
         dtypes: dtype to which the input of each leaf is rounded before f sees it.
         autocast: autocast state of the solve.
+        is_plain: whether the state is one real tensor, which f takes and returns as it is.
         half: whether any 16-bit float with a narrow exponent (float16) takes part in f.
     """
 
@@ -30,7 +33,8 @@ class Velocity:
         self.autocast = AutocastState.current(spec.device.type)
         self.dtypes = [self._input_dtype(leaf.dtype, velocity_dtype) for leaf in spec.leaves]
         self.half = torch.float16 in self.dtypes or (self.autocast.enabled and self.autocast.dtype == torch.float16)
-        self.evaluate = self._plain_call() if spec.is_tensor else self._structured_call()
+        self.is_plain = spec.is_tensor and not spec.leaves[0].dtype.is_complex
+        self.evaluate = self._plain_call() if self.is_plain else self._structured_call()
 
     def _input_dtype(self, dtype: torch.dtype, velocity_dtype: torch.dtype | None) -> torch.dtype:
         if dtype.is_complex:
@@ -41,9 +45,7 @@ class Velocity:
         return self.autocast.dtype if self.autocast.enabled else dtype
 
     def _plain_call(self) -> Callable[[Tensor, list[Tensor]], list[Tensor]]:
-        func, spec = self.func, self.spec
-        if spec.leaves[0].dtype.is_complex:
-            return self._structured_call()
+        func = self.func
         return lambda time, x: [func(time, x[0])]  # type: ignore[list-item]  # checked at the first call
 
     def _structured_call(self) -> Callable[[Tensor, list[Tensor]], list[Tensor]]:
@@ -84,7 +86,7 @@ def vector_jacobian_product(
             break
     # what torch.autograd.grad calls, without its checks of arguments that are right by construction: they cost
     # as much as the engine itself for a small f
-    return _engine_run_backward(
+    return _run_backward(
         tuple(k),
         tuple(cotangents),
         retain_graph,
