@@ -20,22 +20,13 @@ step is the difference of two solves of different length. Nothing is timed befor
 import argparse
 import gc
 import sys
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchdiffeq
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import rampde
 from bench.common import (
     Quantiles,
     interleave,
@@ -47,10 +38,9 @@ from bench.common import (
     results_folder,
     write_results,
 )
+from bench.counts import COUNTS, count_solvers
+from bench.problems import PRECISIONS, SOLVERS, STAGES, Work, make_problem
 
-State = Tensor | tuple[Tensor, ...]
-STAGES = 4
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # how far rampde may be from torchdiffeq in fp32, relative to the norm: its accuracy is tested elsewhere
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}
 
@@ -61,171 +51,6 @@ BEYOND_F = "us a step beyond f, forward"
 BEYOND_TORCHDIFFEQ = "beyond f, over torchdiffeq's"
 BEYOND_HAND_WRITTEN = "beyond f, over the hand-written's"
 
-COUNTS = (
-    "rampde ops forward",
-    "rampde ops backward",
-    "ATen beyond f forward",
-    "ATen beyond f backward",
-    "host reads forward",
-    "host reads backward",
-    "f forward",
-    "f backward",
-    "kept, fp32 states",
-)
-
-
-class Mlp(nn.Module):
-    """A tanh network of the state."""
-
-    def __init__(self, *widths: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for ins, outs in pairwise(widths):
-            layers += [nn.Linear(ins, outs), nn.Tanh()]
-        self.layers = nn.Sequential(*layers[:-1])
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.layers(y)
-
-
-class Flow(nn.Module):
-    """Velocity of points in the plane, and its divergence by differentiating inside f."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.velocity = Mlp(2, width, width, 2)
-
-    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = state[0].requires_grad_()
-            velocity = self.velocity(t, x)
-            rows = [torch.autograd.grad(velocity[:, i].sum(), x, create_graph=True)[0][:, i : i + 1] for i in range(2)]
-        return velocity, rows[0] + rows[1]
-
-
-class Convolutions(nn.Module):
-    """Two rounds of normalization, ReLU and convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for _ in range(2):
-            layers += [nn.GroupNorm(16, channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.layers(y)
-
-
-class Linear(nn.Module):
-    """y' = A y in the plane: nothing but the cost of the solver."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.tensor([[-0.1, 2.0], [-2.0, -0.1]]))
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        return y @ self.matrix
-
-
-@dataclass(frozen=True)
-class Problem:
-    """y' = f(t, y) from y0, in ``steps`` steps to t = 1, with the cotangent of y(1)."""
-
-    letter: str
-    title: str
-    func: nn.Module
-    y0: tuple[Tensor, ...]
-    cotangents: tuple[Tensor, ...]
-    steps: int
-
-    def state(self, leaves: Sequence[Tensor]) -> State:
-        """What f and the solvers take: a tuple only where there is more than one leaf."""
-        return leaves[0] if len(leaves) == 1 else tuple(leaves)
-
-    def times(self, steps: int) -> Tensor:
-        """The grid; all states on it are returned."""
-        return torch.linspace(0, 1, steps + 1, device=self.y0[0].device)
-
-    def loss(self, solution: State) -> Tensor:
-        """<cotangent, y(1)>."""
-        ends = [states[-1] for states in as_leaves(solution)]
-        products = [(end * c).sum() for end, c in zip(ends, self.cotangents, strict=True)]
-        return products[0] if len(products) == 1 else torch.stack(products).sum()
-
-
-def as_leaves(state: State) -> tuple[Tensor, ...]:
-    """The tensors of a state."""
-    return (state,) if isinstance(state, Tensor) else tuple(state)
-
-
-def make_problem(letter: str, device: torch.device, quick: bool) -> Problem:
-    """The problem of that letter; on a GPU with states and networks that give it work."""
-    large, share = device.type == "cuda", 8 if quick else 1
-    torch.manual_seed(0)
-    func: nn.Module
-    shapes: list[tuple[int, ...]]
-    if letter == "a":
-        batch = (1 << 16 if large else 256) // share
-        title, func, shapes, steps = "MLP 2-64-64-2", Mlp(2, 64, 64, 2), [(batch, 2)], 32
-    elif letter == "b":
-        batch = (1 << 15 if large else 1024) // share
-        title, func, shapes, steps = "flow, exact trace by autograd", Flow(64), [(batch, 2), (batch, 1)], 16
-    elif letter == "c":
-        batch, width = ((1 << 13) // share, 1024) if large else (1024 // share, 64)
-        title, func, shapes, steps = (
-            f"MLP {width}-{8 * width}-{width}",
-            Mlp(width, 8 * width, width),
-            [(batch, width)],
-            8,
-        )
-    elif letter == "d":
-        batch, channels, side = (64 // share, 128, 64) if large else (16 // share, 64, 32)
-        title, func, shapes, steps = (
-            "two convolutions",
-            Convolutions(channels),
-            [(batch, channels, side, side)],
-            4,
-        )
-    else:
-        title, func, shapes, steps = "linear 2x2", Linear(), [(1, 2)], 256
-    y0 = [torch.randn(shape) for shape in shapes]
-    if letter == "b":
-        y0[1].zero_()
-    cotangents = tuple(torch.randn(shape).to(device) for shape in shapes)
-    # N(0, 1) cotangents of a thousand rows add up: the gradients of all problems have a like size
-    leaves = tuple(leaf.to(device).requires_grad_() for leaf in y0)
-    return Problem(letter, title, func.to(device), leaves, cotangents, steps)
-
-
-def hand_written(func: nn.Module, y0: State, t: Tensor) -> State:
-    """The method as one would write it without a library."""
-    steps = (t[1:] - t[:-1]).tolist()
-    y = as_leaves(y0)
-    states = [y]
-
-    def f(time: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return as_leaves(func(time, leaves[0] if isinstance(y0, Tensor) else tuple(leaves)))
-
-    for n, h in enumerate(steps):
-        start = t[n]
-        k1 = f(start, y)
-        k2 = f(start + h / 3, [a + h / 3 * b for a, b in zip(y, k1, strict=True)])
-        k3 = f(start + h * 2 / 3, [a + h * (c - b / 3) for a, b, c in zip(y, k1, k2, strict=True)])
-        k4 = f(t[n + 1], [a + h * (b - c + d) for a, b, c, d in zip(y, k1, k2, k3, strict=True)])
-        y = tuple(a + h / 8 * (b + 3 * (c + d) + e) for a, b, c, d, e in zip(y, k1, k2, k3, k4, strict=True))
-        states.append(y)
-    solution = tuple(torch.stack(leaf) for leaf in zip(*states, strict=True))
-    return solution[0] if isinstance(y0, Tensor) else solution
-
-
-SOLVERS: dict[str, Callable[[nn.Module, State, Tensor], State]] = {
-    "rampde none": partial(rampde.odeint, method="rk4", checkpoint="none"),
-    "rampde step": partial(rampde.odeint, method="rk4", checkpoint="step"),
-    "torchdiffeq": partial(torchdiffeq.odeint, method="rk4"),
-    "torchdiffeq adjoint": partial(torchdiffeq.odeint_adjoint, method="rk4"),
-    "hand-written": hand_written,
-}
 # which floor a training step is held against: those that evaluate f again have more to do
 FLOORS = {
     "rampde none": TRAINING,
@@ -234,208 +59,6 @@ FLOORS = {
     "torchdiffeq adjoint": RECOMPUTING,
     "hand-written": TRAINING,
 }
-
-
-class Work:
-    """A problem at a precision: the solves, training steps and floors that are timed and counted."""
-
-    def __init__(self, problem: Problem, precision: str) -> None:
-        self.problem = problem
-        self.precision = precision
-        self.dtype = PRECISIONS[precision]
-        self.device = problem.y0[0].device
-        self.parameters = list(problem.func.parameters())
-
-    def autocast(self) -> torch.autocast:
-        """The caller's autocast: on for the 16-bit precisions."""
-        low = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if low else None, enabled=low)
-
-    @torch.no_grad()
-    def solve(self, name: str, steps: int | None = None) -> State:
-        """A solve without a graph."""
-        problem = self.problem
-        times = problem.times(steps or problem.steps)
-        with self.autocast():
-            return SOLVERS[name](problem.func, problem.state(problem.y0), times)
-
-    def forward(self, name: str, steps: int | None = None) -> Tensor:
-        """The loss, ready for the backward pass."""
-        problem = self.problem
-        times = problem.times(steps or problem.steps)
-        with self.autocast():
-            return problem.loss(SOLVERS[name](problem.func, problem.state(problem.y0), times))
-
-    def train(self, name: str, steps: int | None = None) -> tuple[Tensor | None, ...]:
-        """A training step without the optimizer: gradients with respect to y0 and the parameters."""
-        inputs = [*self.problem.y0, *self.parameters]
-        return torch.autograd.grad(self.forward(name, steps), inputs, allow_unused=True)
-
-    def rounded(self) -> list[Tensor]:
-        """The state as a solver hands it to f."""
-        return [leaf.detach().to(self.dtype) for leaf in self.problem.y0]
-
-    @torch.no_grad()
-    def floor_forward(self, evaluations: int | None = None) -> None:
-        """F."""
-        problem, leaves = self.problem, self.rounded()
-        time = torch.zeros((), device=self.device)
-        with self.autocast():
-            for _ in range(evaluations or STAGES * problem.steps):
-                problem.func(time, problem.state([leaf.detach() for leaf in leaves]))
-
-    def floor_backward(self, evaluations: int | None = None) -> None:
-        """FB."""
-        problem, leaves = self.problem, self.rounded()
-        time = torch.zeros((), device=self.device)
-        cotangents: list[Tensor] = []
-        with self.autocast():
-            for _ in range(evaluations or STAGES * problem.steps):
-                y = [leaf.detach().requires_grad_() for leaf in leaves]
-                k = as_leaves(problem.func(time, problem.state(y)))
-                cotangents = cotangents or [
-                    c.to(velocity.dtype) for c, velocity in zip(problem.cotangents, k, strict=True)
-                ]
-                torch.autograd.grad(k, [*y, *self.parameters], cotangents, allow_unused=True)
-
-    def disagreement(self) -> tuple[float, str]:
-        """The largest relative difference of a solution or gradient from torchdiffeq's in fp32, and where."""
-        exact = Work(self.problem, "fp32")
-        expected = [*as_leaves(exact.solve("torchdiffeq")), *exact.train("torchdiffeq")]
-        worst = 0.0, "nothing"
-        # without a library the parameters' gradients are summed in 16 bits, and lost
-        others = ["hand-written"] if self.precision == "fp32" else []
-        for name in ("rampde none", "rampde step", *others):
-            found = [*as_leaves(self.solve(name)), *self.train(name)]
-            for index, (mine, its) in enumerate(zip(found, expected, strict=True)):
-                if mine is None or its is None:
-                    continue
-                distance = ((mine - its).norm() / its.norm().clamp_min(1e-30)).item()
-                # a difference that is not a number is the worst there is
-                if not distance <= worst[0]:
-                    worst = distance, f"result {index} of {name}"
-        return worst
-
-
-class _Operators(TorchDispatchMode):
-    """Counts what is dispatched: rampde's operators, ATen's, and those that bring a value to the host."""
-
-    READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.name().partition(".")[0]
-        self.counts["rampde" if name.startswith("rampde::") else "aten"] += 1
-        to_host = name == "aten::_to_copy" and args[0].device.type != "cpu" and result.device.type == "cpu"
-        self.counts["reads"] += name in self.READS or to_host
-        return result
-
-
-class _Kept:
-    """Bytes that autograd keeps alive, each storage once and those of ``known`` tensors not at all."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.alive: weakref.WeakSet[_Box] = weakref.WeakSet()
-
-    def pack(self, tensor: Tensor) -> "_Box":
-        box = _Box(tensor.detach())
-        self.alive.add(box)
-        return box
-
-    def bytes(self) -> int:
-        storages = [box.tensor.untyped_storage() for box in self.alive]
-        return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in self.known}.values())
-
-
-class _Box:
-    """What stands for a saved tensor in the graph."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-@contextmanager
-def _evaluations(func: nn.Module) -> Iterator[Counter[str]]:
-    """Counts the calls of f."""
-    counts: Counter[str] = Counter()
-    handle = func.register_forward_pre_hook(lambda *_: counts.update(["f"]))
-    try:
-        yield counts
-    finally:
-        handle.remove()
-
-
-def count_training(work: Work, name: str, steps: int) -> Counter[str]:
-    """What one training step of ``steps`` steps dispatches, evaluates and keeps."""
-    problem = work.problem
-    inputs = [*problem.y0, *work.parameters]
-    # in a solve of its own, because the hooks dispatch operators themselves
-    kept = _Kept([*inputs, *problem.cotangents])
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda box: box.tensor):
-        loss = work.forward(name, steps)
-    found = Counter(bytes=kept.bytes())
-    with _evaluations(problem.func) as calls:
-        with _Operators() as out:
-            loss = work.forward(name, steps)
-        evaluated = calls["f"]
-        with _Operators() as back:
-            torch.autograd.grad(loss, inputs, allow_unused=True)
-    found.update({f"{kind} forward": value for kind, value in out.counts.items()})
-    found.update({f"{kind} backward": value for kind, value in back.counts.items()})
-    found.update({"f forward": evaluated, "f backward": calls["f"] - evaluated})
-    return found
-
-
-def count_f(work: Work) -> tuple[int, int, int]:
-    """ATen operators of f: a call without a graph, a call with one, and its vector-Jacobian product."""
-    problem = work.problem
-    time = torch.zeros((), device=work.device)
-    found = 0, 0, 0
-    with work.autocast():
-        # of two calls the second counts: the first casts the weights
-        for _ in range(2):
-            y = [leaf.detach() for leaf in work.rounded()]
-            with torch.no_grad(), _Operators() as bare:
-                problem.func(time, problem.state(y))
-            y = [leaf.detach().requires_grad_() for leaf in work.rounded()]
-            with _Operators() as forward:
-                k = as_leaves(problem.func(time, problem.state(y)))
-            cotangents = [torch.ones_like(velocity) for velocity in k]
-            with _Operators() as backward:
-                torch.autograd.grad(k, [*y, *work.parameters], cotangents, allow_unused=True)
-            found = bare.counts["aten"], forward.counts["aten"], backward.counts["aten"]
-    return found
-
-
-def count_rows(work: Work) -> Iterator[dict[str, Any]]:
-    """Exact counts a step for each solver."""
-    problem, short, long = work.problem, 4, 8
-    bare, with_graph, product = count_f(work)
-    state_bytes = 4 * sum(leaf.numel() for leaf in problem.y0)
-    for name in SOLVERS:
-        first, second = count_training(work, name, short), count_training(work, name, long)
-        step = {key: (second[key] - first[key]) / (long - short) for key in first | second}
-        again = step.get("f backward", 0.0)
-        figures = (
-            step.get("rampde forward", 0.0),
-            step.get("rampde backward", 0.0),
-            step["aten forward"] - step["f forward"] * (bare if again else with_graph),
-            step["aten backward"] - again * with_graph - STAGES * product,
-            step.get("reads forward", 0.0),
-            step.get("reads backward", 0.0),
-            step["f forward"],
-            again,
-            step.get("bytes", 0.0) / state_bytes,
-        )
-        for quantity, value in zip(COUNTS, figures, strict=True):
-            yield row(work, name, quantity, value)
 
 
 def row(work: Work, solver: str, quantity: str, value: float | Quantiles) -> dict[str, Any]:
@@ -685,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not distance <= TOLERANCES[precision]:
                 print(f"{where} is {distance:.3g} from torchdiffeq's; nothing is timed", file=sys.stderr)
                 return 1
-            found += count_rows(work)
+            found += (row(work, *count) for count in count_solvers(work))
             found += time_rows(work, options.rounds)
             found += memory_rows(work)
         show(found)
