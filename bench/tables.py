@@ -1,0 +1,86 @@
+"""Writes the README's tables from the measurements in ``bench/results``.
+
+    python -m bench.tables
+
+Each table stands between the lines ``<!-- name -->`` and ``<!-- end -->`` and names its machine and command.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+CPU = ROOT / "bench" / "results" / "amd-epyc"
+
+SOLVERS = {
+    "forward over F": ("forward / F", ("rampde", "torchdiffeq", "hand-written")),
+    "training over FB": ("training / FB", ("rampde none", "torchdiffeq", "hand-written")),
+    "training over F + FB": ("training / (F + FB)", ("rampde step", "torchdiffeq adjoint")),
+    "us a step beyond f, forward": ("µs a step beyond f", ("rampde", "torchdiffeq", "hand-written")),
+}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(found: dict[str, Any]) -> str:
+    """Which machine and command a table comes from."""
+    machine = found["machine"]
+    return (
+        f"`{found['command']}` on {machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']},"
+        f" Python {machine['python']}."
+    )
+
+
+def accuracy() -> str:
+    """Relative errors of a 16-bit training step as the steps grow."""
+    found = json.loads((CPU / "accuracy.json").read_text())
+    steps = sorted({row["steps"] for row in found["rows"]})
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for row in found["rows"]:
+        if row["quantity"] != "y(1)":
+            key = row["precision"], row["solver"], row["quantity"]
+            lines.setdefault(key, []).append(f"{row['relative_error']:.1e}")
+    header = ["autocast", "solver", "error of", *(f"N = {n}" for n in steps)]
+    return markdown(header, [[*key, *values] for key, values in lines.items()]) + "\n\n" + source(found)
+
+
+def solvers() -> str:
+    """Time beside the floors, in float32 on the CPU."""
+    found = json.loads((CPU / "solvers.json").read_text())
+    figures = {
+        (row["quantity"], row["solver"], row["problem"]): row["value"]
+        for row in found["rows"]
+        if row["precision"] == "fp32"
+    }
+    rows = []
+    for quantity, (title, names) in SOLVERS.items():
+        problems = "e" if quantity.startswith("us") else "abcd"
+        for name in names:
+            values = [
+                f"{figures[quantity, name, problem]:.{0 if problems == 'e' else 2}f}" if problem in problems else ""
+                for problem in "abcde"
+            ]
+            rows.append([title, name, *values])
+    return markdown(["", "solver", *"abcde"], rows) + "\n\n" + source(found)
+
+
+TABLES = {"accuracy": accuracy, "solvers": solvers}
+
+
+def written(text: str) -> str:
+    """``text`` with every table anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))
