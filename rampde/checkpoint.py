@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
-from rampde.stages import evaluate_stages
+from rampde.stages import evaluate_stages, evaluate_tensor_stages
 
 POLICIES = ("step", "none", "tape")
 
@@ -97,7 +97,10 @@ class StepStates:
         if self.problem.time_needs_grad:
             times = [time.detach().requires_grad_() for time in times]
         stages: list[Stage] = []
-        evaluate_stages(self.problem, y, x, h, times, graphs=stages)
+        if self.problem.velocity.is_plain:
+            evaluate_tensor_stages(self.problem, y[0], x[0], h, times, graphs=stages)
+        else:
+            evaluate_stages(self.problem, y, x, h, times, graphs=stages)
         return stages
 
 

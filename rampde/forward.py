@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rampde.checkpoint import Checkpoints
 from rampde.grid import StepTimes, unbound
-from rampde.ops import rk_stage, rk_update
+from rampde.ops import rk_update
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
-from rampde.stages import evaluate_stages
+from rampde.stages import evaluate_stages, evaluate_tensor_stages
 
 
 def integrate(
@@ -40,8 +39,7 @@ def integrate(
 
     y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
     outputs = _Outputs(problem, y)
-    with_graph = checkpoints is not None and checkpoints.needs_graph
-    if velocity.is_plain and not with_graph and not problem.compensated and problem.random is None:
+    if velocity.is_plain and not problem.compensated and problem.random is None and not problem.time_needs_grad:
         _integrate_tensor(problem, y[0], step_times, checkpoints, outputs, any_rounded, overflow_step)
     else:
         _integrate_leaves(problem, y, step_times, checkpoints, outputs, rounded, overflow_step)
@@ -103,26 +101,20 @@ def _integrate_tensor(
     rounded: bool,
     overflow_step: Tensor | None,
 ) -> None:
-    """The loop over the steps for a state of one real tensor, without graphs: the usual case.
-
-    The same as :func:`_integrate_leaves`, with as little Python as can be between two evaluations of f: for a small
-    f, which evicts it from the caches at every call, this is what a solve costs.
-    """
+    """The loop over the steps for a state of one real tensor without anything special: the usual case."""
     assert problem.first is not None
-    func, dtype, update = problem.velocity.func, problem.velocity.dtypes[0], problem.tableau.update
-    later_stages = problem.later_stages
+    dtype, update = problem.velocity.dtypes[0], problem.tableau.update
     weights = update.weights
-    first = problem.first.k
+    first: Stage | None = problem.first
     x = problem.first.x[0]
+    graphs: list[Stage] | None = None
     for step, (h, times) in enumerate(step_times):
-        # f was seen to return a tensor at its first evaluation
-        k: list[Any] = [func(times[0], x)] if step > 0 else list(first)
-        for i, inputs in later_stages:
-            # at stage i the list of velocities is that of the stages before it
-            terms = k if inputs.dense else inputs.pick(k)
-            k.append(func(times[i], rk_stage(y, terms, h, inputs.weights, dtype)))
+        if checkpoints is not None and checkpoints.needs_graph:
+            graphs = []
+        k = evaluate_tensor_stages(problem, y, x, h, times, first, graphs)
+        first = None
         if checkpoints is not None:
-            checkpoints.store([x], None, None)
+            checkpoints.store([x], graphs, None)
         if not update.dense:
             k = update.pick(k)
         (y_next,) = outputs.next_state(step + 1, (y,))

@@ -58,6 +58,15 @@ class Velocity:
         self.spec.check_velocity(k)
         return self.spec.velocity_leaves(k)
 
+    def call_with_graph(self, time: Tensor, x: Tensor) -> State:
+        """f on a state of one real tensor, recording the graph; ``x`` becomes a leaf of it."""
+        x.requires_grad_()
+        torch._C._set_grad_enabled(True)
+        try:
+            return self.func(time, x)
+        finally:
+            torch._C._set_grad_enabled(False)
+
     def evaluate_with_graph(self, time: Tensor, x: list[Tensor]) -> list[Tensor]:
         """As ``evaluate``, recording the graph; ``x`` become leaves of it. Called where no graph is recorded."""
         for leaf in x:
