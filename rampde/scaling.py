@@ -28,6 +28,9 @@ STATE_SIZE = 9
 # clean steps after which an S lowered by an overflow is tried higher again, as in torch.amp.GradScaler
 INCREASE_INTERVAL = 2000
 
+# changes of the scale that an instance remembers, which may serve a whole training
+HISTORY = 10_000
+
 
 class DynamicScaler:
     """Dynamic loss scaling for the discrete adjoint.
@@ -48,7 +51,7 @@ class DynamicScaler:
 
     Attributes:
         S: scale of the first step of the latest sweep, None before it.
-        scale_history: pairs (kind, S), kind "init", "overflow" or "increase", of all sweeps.
+        scale_history: pairs (kind, S), kind "init", "overflow" or "increase", the latest 10,000.
 
     Raises:
         TypeError, ValueError: an argument outside of what is said above.
@@ -117,6 +120,7 @@ class DynamicScaler:
     def note(self, kind: str, scale: float) -> None:
         """Records a change of the scale."""
         self.scale_history.append((kind, scale))
+        del self.scale_history[:-HISTORY]
         if self.verbose:
             print(f"DynamicScaler: {kind}, S = {scale:g}")
 
