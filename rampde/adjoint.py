@@ -13,8 +13,8 @@ from rampde import scaling
 from rampde.captures import find_unknown_leaf
 from rampde.checkpoint import Checkpoints
 from rampde.ops import accumulate_gradients, adjoint_stage, adjoint_update, update_scale
+from rampde.precision import accumulation_dtype
 from rampde.problem import Problem, Stage
-from rampde.state import accumulation_dtype
 from rampde.tableau import Combination
 from rampde.velocity import vector_jacobian_product
 
@@ -49,7 +49,6 @@ class Sweep:
         self.captures = captures
         self.retain_graph = retain_graph
         self.scaler = problem.scaler
-        self.device = points.device
         self.cotangents = [self._by_grid_point(leaf) for leaf in cotangents]
         self.incoming = [leaf for leaf in cotangents if leaf is not None]
         assert problem.step_times is not None

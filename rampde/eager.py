@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rampde.precision import accumulation_dtype
 from rampde.scaling import (
     CLEAN_STEPS,
     COMMITTED_STEPS,
@@ -34,12 +35,8 @@ from rampde.scaling import (
     OVERFLOWED,
     SCALE,
     SCALE_OF_STEP,
+    power_of_two_below,
 )
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums with a term of ``dtype`` are formed."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _combine(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
@@ -192,10 +189,7 @@ def update_scale(
     grows = clean & (clean_steps >= increase_interval) & (old[HEADROOM] < 1)
     headroom = torch.where(grows, (old[HEADROOM] * increase_factor).clamp(max=1.0), old[HEADROOM])
     headroom = torch.where(running & ~finite, old[HEADROOM] * decrease_factor, headroom)
-    # frexp is exact where log2 rounds: m * 2^e with m in [1/2, 1) has floor(log2) = e - 1
-    largest = torch.finfo(torch.float32).max
-    exponent = torch.frexp((target / (old[MAXIMUM] + delta)).clamp(max=largest)).exponent - 1
-    scale = headroom * torch.ldexp(torch.ones_like(headroom), exponent.clamp(-96, 96))
+    scale = headroom * power_of_two_below(target / (old[MAXIMUM] + delta))
     scale = torch.where(old[MAXIMUM] > 0, scale, old[SCALE])
 
     scale_state[SCALE_OF_STEP] = torch.where(clean, old[SCALE], 0.0)

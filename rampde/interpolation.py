@@ -10,9 +10,9 @@ from torch import Tensor
 from rampde.autocast import switched_off
 from rampde.captures import hooks_muted
 from rampde.grid import time_dtype
+from rampde.precision import accumulation_dtype
 from rampde.problem import Problem, Stage
 from rampde.scaling import power_of_two_below
-from rampde.state import accumulation_dtype
 from rampde.tape import Gate
 from rampde.velocity import vector_jacobian_product
 
@@ -78,6 +78,11 @@ def _velocity(problem: Problem, time: Tensor, y: list[Tensor]) -> list[Tensor]:
     return list(_Evaluation.apply(problem, time, len(y), *y, *problem.captures))  # type: ignore[no-untyped-call]
 
 
+def _unscaled(product: Tensor, scale: Tensor) -> Tensor:
+    # 16 bits would not hold what the scale kept in range; complex dtypes are wide enough
+    return (product if product.is_complex() else product.to(accumulation_dtype(product.dtype))) / scale
+
+
 class _Evaluation(torch.autograd.Function):
     """One evaluation of f whose cotangent is scaled into the range of 16 bits, as the sweep's are."""
 
@@ -110,7 +115,7 @@ class _Evaluation(torch.autograd.Function):
                 stage.k, [*stage.x, stage.time, *ctx.captures], scaled, retain_graph=True
             )
         gradients = [
-            None if product is None else (product.to(accumulation_dtype(product.dtype)) / scale).to(dtype)
+            None if product is None else _unscaled(product, scale).to(dtype)
             for product, dtype in zip(
                 products,
                 [*ctx.y_dtypes, stage.time.dtype, *(capture.dtype for capture in ctx.captures)],

@@ -95,7 +95,7 @@ def odeint(
     _check_tolerance("atol", atol, spec)
     tableau = get_tableau(method)
     _check_time_tensor(t)
-    chosen = _check_options(options, tableau, method)
+    chosen = _check_options(options, method)
     if velocity_dtype is not None and velocity_dtype not in (
         torch.float16,
         torch.bfloat16,
@@ -192,7 +192,7 @@ def _check_broadcast(name: str, shape: list[int], spec: StateSpec) -> None:
         raise ValueError(f"{name} has shape {shape}, expected one that broadcasts to that of y0, {state}")
 
 
-def _check_options(options: dict[str, Any] | None, tableau: ButcherTableau, method: object) -> dict[str, Any]:
+def _check_options(options: dict[str, Any] | None, method: object) -> dict[str, Any]:
     if options is None:
         options = {}
     if not isinstance(options, dict):

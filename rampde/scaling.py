@@ -131,8 +131,9 @@ def _check_number(name: str, value: object) -> None:
 
 
 def power_of_two_below(value: Tensor) -> Tensor:
-    """``2^floor(log2(value))``, exactly; 1 where ``value`` is not a positive finite number."""
-    usable = torch.isfinite(value) & (value > 0)
+    """``2^floor(log2(value))``, exactly, between ``2^-96`` and ``2^96``; 1 where ``value`` is not positive."""
+    usable = value > 0
+    value = value.clamp(max=torch.finfo(value.dtype).max)
     # frexp is exact where log2 rounds: m * 2^e with m in [1/2, 1) has floor(log2) = e - 1
     exponent = torch.frexp(torch.where(usable, value, 1.0)).exponent - 1
     return torch.ldexp(torch.ones_like(value), exponent.clamp(-96, 96))

@@ -139,7 +139,7 @@ class _AdjointSolve(torch.autograd.Function):
             stack.enter_context(problem.velocity.autocast.entered())
             stack.enter_context(preserved(problem.velocity.spec.device, problem.random is not None))
             if torch.is_grad_enabled():
-                return (*unused, *_differentiable_backward(ctx, problem, points, y0, captures, cotangents))
+                return (*unused, *_differentiable_backward(problem, points, y0, captures, cotangents))
             retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
             if problem.checkpoint == "none" and ctx.swept:
                 raise RuntimeError(
@@ -169,7 +169,6 @@ def _cast(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
 
 
 def _differentiable_backward(
-    ctx: Any,
     problem: Problem,
     points: Tensor,
     y0: Sequence[Tensor],

@@ -10,12 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 from torch.utils._pytree import keystr as path_to_string
 
+from rampde.precision import accumulation_dtype
+
 State = object  # a tensor, or any nesting of tuples, lists and dicts of tensors
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Real dtype in which a leaf of ``dtype`` is integrated: float64 where it has 64 bits, else float32."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from rampde.autocast import switched_off
 from rampde.grid import stage_times
 from rampde.ops import rk_stage, rk_update
+from rampde.precision import accumulation_dtype
 from rampde.problem import Problem, Stage
-from rampde.state import accumulation_dtype
 
 
 class Combination(torch.autograd.Function):

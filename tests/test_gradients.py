@@ -213,3 +213,21 @@ def test_second_derivatives_where_all_is_computed_from_one_tensor(interp, checkp
         for create_graph in (False, True)
     )
     assert (with_graph - plain).abs().max() <= 1e-12 * plain.abs().max()
+
+
+@pytest.mark.parametrize("checkpoint", POLICIES)
+def test_complex_parameters_between_steps(checkpoint):
+    """The velocities of the cubic interpolant have complex gradients too."""
+    y0, weight = (torch.randn(2, 2, dtype=torch.complex128, requires_grad=True) for _ in range(2))
+
+    def run(y0, weight):
+        return odeint(
+            lambda t, y: torch.sin(y @ weight),
+            y0,
+            torch.tensor([0.0, 0.13, 0.5], dtype=torch.float64),
+            method="midpoint",
+            checkpoint=checkpoint,
+            options={"step_size": 0.2, "interp": "cubic"},
+        )
+
+    assert gradcheck(run, (y0, weight))
