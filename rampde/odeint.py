@@ -21,6 +21,7 @@ from rampde.scaling import DynamicScaler, automatic_scaler
 from rampde.solve import solve
 from rampde.state import State, StateSpec
 from rampde.tableau import ButcherTableau
+from rampde.tolerance import read_tolerance
 from rampde.velocity import Velocity
 
 OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "norm")
@@ -91,8 +92,7 @@ def odeint(
     if event_fn is not None:
         raise ValueError("event_fn was given, but event handling is not part of this release; expected None")
     spec = StateSpec(y0)
-    _check_tolerance("rtol", rtol, spec)
-    _check_tolerance("atol", atol, spec)
+    tolerance = read_tolerance(spec, rtol, atol)
     tableau = get_tableau(method)
     _check_time_tensor(t)
     chosen = _check_options(options, method)
@@ -123,7 +123,9 @@ def odeint(
     inside = any(output.inside for output in time_grid.outputs)
     problem = Problem(
         velocity=Velocity(func, spec, velocity_dtype),
-        tableau=tableau,
+        method=tableau,
+        tolerance=tolerance,
+        options=chosen,
         grid=time_grid,
         checkpoint=checkpoint,
         compensated=compensated,
@@ -156,40 +158,6 @@ def _check_time_tensor(t: object) -> None:
         raise TypeError(f"t is a tensor of layout {t.layout} on {t.device}, expected a dense tensor with data")
     if t.dim() != 1:
         raise ValueError(f"t has shape {list(t.shape)}, expected one dimension")
-
-
-def _check_tolerance(name: str, value: object, spec: StateSpec) -> None:
-    """Tolerances are not used on a fixed grid, but what no method would take is wrong here too."""
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise ValueError(f"{name} cannot require gradient, but requires_grad is True")
-        _check_broadcast(name, list(value.shape), spec)
-        return
-    items = [value]
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
-        items = list(value)
-        if spec.is_tensor:
-            _check_broadcast(name, [len(items)], spec)
-        elif len(items) != len(spec.leaves):
-            raise ValueError(f"{name} has {len(items)} values, expected {len(spec.leaves)}, one for each tensor of y0")
-    for item in items:
-        if isinstance(item, Tensor):
-            continue
-        if isinstance(item, bool) or not isinstance(item, int | float):
-            raise TypeError(f"{name} is {value!r}, expected a number, or one for each tensor of y0")
-        if not item >= 0:
-            raise ValueError(f"{name} is {value!r}, expected a number that is not negative")
-
-
-def _check_broadcast(name: str, shape: list[int], spec: StateSpec) -> None:
-    if not spec.is_tensor:
-        return
-    state = list(spec.leaves[0].shape)
-    fits = len(shape) <= len(state) and all(
-        size in (1, of_state) for size, of_state in zip(reversed(shape), reversed(state), strict=False)
-    )
-    if not fits and shape != [1]:
-        raise ValueError(f"{name} has shape {shape}, expected one that broadcasts to that of y0, {state}")
 
 
 def _check_options(options: dict[str, Any] | None, method: object) -> dict[str, Any]:

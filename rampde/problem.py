@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from rampde.grid import StepTimes, TimeGrid
 from rampde.randomness import RandomState
 from rampde.scaling import DynamicScaler
 from rampde.tableau import ButcherTableau, Combination
+from rampde.tolerance import Tolerance
 from rampde.velocity import Velocity
 
 
@@ -29,7 +32,9 @@ class Problem:
 
     Attributes:
         velocity: f and the structure of its state.
-        tableau: the method.
+        method: the method; its class says which family it is of.
+        tolerance: tolerances of the error control, or of the iterations of an implicit method.
+        options: options that the family of the method knows, checked.
         grid: steps and outputs.
         checkpoint: "step", "none" or "tape".
         compensated: whether the state is summed with compensation.
@@ -46,12 +51,12 @@ class Problem:
         time_needs_grad: whether the grid points require a gradient.
         captures: tensors f uses that require a gradient, known after the first stage.
         opaque: whether f keeps tensors where they cannot be found but by evaluating it.
-        kept: indices of the grid points whose states the solve returns.
-        later_stages: all stages but the first, with what enters their inputs.
     """
 
     velocity: Velocity
-    tableau: ButcherTableau
+    method: object
+    tolerance: Tolerance
+    options: dict[str, Any]
     grid: TimeGrid
     checkpoint: str
     compensated: bool
@@ -66,12 +71,21 @@ class Problem:
     time_needs_grad: bool = False
     captures: list[Tensor] = field(default_factory=list)
     opaque: bool = False
-    kept: list[int] = field(init=False)
-    later_stages: list[tuple[int, Combination]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.kept = self.grid.kept
-        self.later_stages = list(enumerate(self.tableau.stage_inputs))[1:]
+    @property
+    def tableau(self) -> ButcherTableau:
+        """The tableau of an explicit Runge-Kutta method."""
+        return cast(ButcherTableau, self.method)
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """Indices of the grid points whose states the solve returns."""
+        return self.grid.kept
+
+    @cached_property
+    def later_stages(self) -> list[tuple[int, Combination]]:
+        """All stages but the first, with what enters their inputs."""
+        return list(enumerate(self.tableau.stage_inputs))[1:]
 
     @property
     def leaves(self) -> range:
