@@ -168,6 +168,16 @@ def _origins(tensor: Tensor, candidates: dict[Edge, Tensor]) -> list[Tensor]:
     return found
 
 
+def find_related(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """One of ``tensors``, and another one that it was computed from."""
+    candidates = {_edge(tensor): tensor for tensor in tensors}
+    for tensor in tensors:
+        origins = [] if tensor.grad_fn is None else _origins(tensor, candidates)
+        if origins:
+            return tensor, origins[0]
+    return None
+
+
 def find_unknown_leaf(k: Sequence[Tensor], known: Iterable[Tensor]) -> Tensor | None:
     """A leaf in the graph of ``k`` that is none of ``known``, nor lies behind one of them."""
     edges = {_edge(tensor) for tensor in known}
