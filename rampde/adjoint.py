@@ -12,6 +12,7 @@ from torch import Tensor
 from rampde import scaling
 from rampde.captures import find_unknown_leaf
 from rampde.checkpoint import Checkpoints
+from rampde.inside import OutputsInside
 from rampde.ops import accumulate_gradients, adjoint_stage, adjoint_update, update_scale
 from rampde.precision import accumulation_dtype
 from rampde.problem import Problem, Stage
@@ -41,8 +42,9 @@ class Sweep:
         cotangents: Sequence[Tensor | None],
         retain_graph: bool,
     ) -> None:
-        """``points``: (N + 1,) grid points; ``captures``: tensors f uses; ``cotangents``: the loss gradient with
-        respect to the result of :func:`rampde.forward.integrate`, leaf by leaf, None for zero."""
+        """``points``: (N + 1,) grid points, or (T,) output times where the steps were decided on the way;
+        ``captures``: tensors f uses; ``cotangents``: the loss gradient with respect to the result of the forward
+        solve, leaf by leaf, None for zero."""
         self.problem = problem
         self.points = points
         self.checkpoints = checkpoints
@@ -50,6 +52,9 @@ class Sweep:
         self.retain_graph = retain_graph
         self.scaler = problem.scaler
         self.cotangents = [self._by_grid_point(leaf) for leaf in cotangents]
+        self.inside: OutputsInside | None = None
+        if problem.closed is not None:
+            self.inside = OutputsInside(problem.closed, problem.grid.outputs, cotangents)
         self.incoming = [leaf for leaf in cotangents if leaf is not None]
         assert problem.step_times is not None
         self.step_times = problem.step_times
@@ -58,13 +63,21 @@ class Sweep:
         self.any_complex = any(capture.is_complex() for capture in captures)
         self.complete = False  # whether every capture has a total
         self.sparse = False  # whether some f did not depend on some part of the state
-        self.time_gradients: list[tuple[Tensor, Tensor] | None] = [None] * (points.shape[0] - 1)
+        self.time_gradients: list[tuple[Tensor, Tensor] | None] = [None] * self.steps
+        self.output_time_gradients: dict[int, Tensor] = {}
         self.scale_state = None if self.scaler is None else self.scaler.new_state(points.device)
 
     def _by_grid_point(self, cotangent: Tensor | None) -> dict[int, Tensor]:
         if cotangent is None:
             return {}
-        return dict(zip(self.problem.kept, cotangent.unbind(0), strict=True))
+        if self.problem.closed is None:
+            return dict(zip(self.problem.kept, cotangent.unbind(0), strict=True))
+        rows: dict[int, Tensor] = {}
+        for output, row in zip(self.problem.grid.outputs, cotangent.unbind(0), strict=True):
+            if not output.inside:
+                point = output.step + 1
+                rows[point] = rows[point] + row if point in rows else row
+        return rows
 
     def run(self, y0: Sequence[Tensor]) -> tuple[Gradients, Tensor | None, Gradients]:
         """Gradients with respect to the leaves ``y0`` (in the state's dtype), the grid points and the captures."""
@@ -85,6 +98,17 @@ class Sweep:
         zero = self.points.new_zeros(())
         for leaf, lam in enumerate(adjoint):
             adjoint_update(lam, [], zero, self.cotangents[leaf].get(point), lam, self.scale_state)
+        self._gather_inside(point - 1)
+
+    def _gather_inside(self, step: int) -> None:
+        """The scale of a step must suit the gradients of the outputs inside of it, too."""
+        if self.inside is None or self.scale_state is None or step not in self.inside:
+            return
+        for leaf in range(len(self.cotangents)):
+            rows = self.inside.stacked(step, leaf)
+            if rows is not None:
+                rows = rows.contiguous()
+                adjoint_update(rows, [], self.points.new_zeros(()), None, torch.empty_like(rows), self.scale_state)
 
     def _run_scaled(self, adjoint: list[Tensor]) -> list[Tensor]:
         """The sweep under dynamic scaling; reads the device twice where no step overflows."""
@@ -139,6 +163,7 @@ class Sweep:
         assert self.scaler is not None
         self.totals = [torch.full_like(capture, math.inf) for capture in self.captures]
         self.time_gradients = [None] * self.steps
+        self.output_time_gradients = {}
         if attempts <= self.scaler.max_attempts:
             return  # the loss gradient itself was not finite, which is the caller's to know
         message = (
@@ -170,25 +195,37 @@ class Sweep:
         """Takes ``adjoint`` from the end of ``step`` to its start."""
         h, times = self.step_times[step]
         captures, retain_graph, scale_state = self.captures, self.retain_graph, self.scale_state
-        stages: list[Stage | None] = [*self.checkpoints.load(step, h, times)]
+        inside = self.inside if self.inside is not None and step in self.inside else None
+        swept = self.problem.tableau.cotangents
+        bases: list[list[Tensor]] = []
+        if inside is not None:
+            assert self.problem.closed is not None
+            swept = self.problem.closed.interpolated_cotangents
+            bases = [inside.bases(lam, step, leaf) for leaf, lam in enumerate(adjoint)]
+        stages: list[Stage | None] = [*self.checkpoints.load(step, h, times[: swept[0].stage + 1])]
         if not self.retain_graph:
             self.checkpoints.release(step)
         # products in the order of the sweep, for each leaf
         vjps: list[list[Tensor | None]] = [[] for _ in adjoint]
         gradients: Gradients = []
         time_gradient = _TimeGradient(self, h) if self.problem.time_needs_grad else None
+        if time_gradient is not None and inside is not None:
+            known = [stage for stage in stages if stage is not None]
+            self.output_time_gradients.update(inside.time_gradients(known, step))
         # where f shows what it holds, a look at the last and at a middle step is enough to see that it does
         watched = step + 1 == self.steps or step == self.steps // 2
-        for i, b, later in self.problem.tableau.cotangents:
+        for i, b, later in swept:
             stage = stages[i]
             assert stage is not None
             stages[i] = None  # the graph of the stage goes as soon as its product is taken
             cotangents = []
-            for lam, of_leaf, k in zip(adjoint, vjps, stage.k, strict=True):
+            for leaf, (lam, of_leaf, k) in enumerate(zip(adjoint, vjps, stage.k, strict=True)):
                 terms: Sequence[Tensor | None] = of_leaf
                 weights = later.weights
                 if self.sparse or not later.dense:
                     terms, weights = _present(later, of_leaf)
+                if inside is not None:
+                    lam, b = bases[leaf][i], 1.0
                 cotangents.append(adjoint_stage(lam, terms, h, b, weights, k.dtype, scale_state))
             if watched or self.problem.opaque:
                 self._check_captures(stage)
@@ -197,7 +234,9 @@ class Sweep:
             if time_gradient is not None:
                 inputs = [*inputs, stage.time]
                 time_gradient.add_velocity(stage.k, cotangents)
-            products = vector_jacobian_product(stage.k, (*inputs, *captures), cotangents, retain_graph)
+            # the first stage may be the last one of the step before, which takes a product of it too
+            shared = i == 0 and self.inside is not None and step - 1 in self.inside
+            products = vector_jacobian_product(stage.k, (*inputs, *captures), cotangents, retain_graph or shared)
             for of_leaf, product in zip(vjps, products, strict=False):
                 of_leaf.append(product)
                 self.sparse = self.sparse or product is None
@@ -207,7 +246,10 @@ class Sweep:
         for leaf, lam in enumerate(adjoint):
             present = [vjp for vjp in vjps[leaf] if vjp is not None] if self.sparse else vjps[leaf]
             cotangent = self.cotangents[leaf].get(step)
+            if inside is not None:
+                lam = inside.add_to(lam, step, leaf)
             adjoint_update(lam, present, h, cotangent, adjoint_next[leaf], self.scale_state)
+        self._gather_inside(step - 1)
         if self.scale_state is not None:
             self._decide(gradients, steps=1)
         if gradients:
@@ -248,8 +290,26 @@ class Sweep:
         present = [gradients[start + c] for start in range(0, len(gradients), count) for c in used]
         accumulate_gradients([self.totals[c] for c in used], present, h, self.scale_state)
 
+    def _points_gradient(self) -> Tensor:
+        total = torch.zeros_like(self.points)
+        if self.inside is None:
+            for step, ends in enumerate(self.time_gradients):
+                if ends is not None:
+                    total[step] += ends[0]
+                    total[step + 1] += ends[1]
+            return total
+        # the steps keep their sizes: all of them move with the first time, and against the outputs inside of them
+        for ends in self.time_gradients:
+            if ends is not None:
+                total[0] += ends[0] + ends[1]
+        for index, gradient in self.output_time_gradients.items():
+            if not self.problem.event_at(index):
+                total[index] += gradient
+            total[0] -= gradient
+        return total
+
     def _results(self, adjoint: list[Tensor]) -> tuple[Gradients, Tensor | None, Gradients]:
-        points = _points_gradient(self.points, self.time_gradients) if self.problem.time_needs_grad else None
+        points = self._points_gradient() if self.problem.time_needs_grad else None
         totals: Gradients = []
         for capture, total in zip(self.captures, self.totals, strict=True):
             if total is not None and capture.is_complex() and not total.is_complex():
@@ -299,12 +359,3 @@ class _TimeGradient:
         if self.scale is None:
             return self.start, self.end
         return self.start / self.scale, self.end / self.scale
-
-
-def _points_gradient(points: Tensor, steps: list[tuple[Tensor, Tensor] | None]) -> Tensor:
-    total = torch.zeros_like(points)
-    for step, ends in enumerate(steps):
-        if ends is not None:
-            total[step] += ends[0]
-            total[step + 1] += ends[1]
-    return total

@@ -19,9 +19,10 @@ class Checkpoints(Protocol):
 
     needs_graph: bool
 
-    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: RandomState | None) -> None:
-        """Keeps what the policy wants of a step; ``x`` is the rounded state at its start, ``graphs`` its
-        stages where ``needs_graph``."""
+    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: tuple[RandomState, ...]) -> None:
+        """Keeps what the policy wants of a step; ``x`` is the rounded state at its start, ``graphs`` its stages where
+        ``needs_graph``, ``random`` the state of the random number generators before its first stage and, where that
+        was evaluated at the end of the step before, before its second."""
 
     def tensors(self) -> list[Tensor]:
         """What is to be saved for the backward pass by autograd, which may offload or check it."""
@@ -30,7 +31,7 @@ class Checkpoints(Protocol):
         """Takes back what ``tensors`` gave."""
 
     def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> list[Stage]:
-        """The stages of a step with their graphs, at every call anew."""
+        """The stages of a step at ``times``, the first ones or all, with their graphs; at every call anew."""
 
     def release(self, step: int) -> None:
         """Frees what is kept of a step that will not be loaded again."""
@@ -44,7 +45,7 @@ class KeptGraphs:
     def __init__(self) -> None:
         self.steps: list[list[Stage]] = []
 
-    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: RandomState | None) -> None:
+    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: tuple[RandomState, ...]) -> None:
         assert graphs is not None
         self.steps.append(graphs)
 
@@ -69,9 +70,9 @@ class StepStates:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.states: list[list[Tensor]] = []
-        self.random: list[RandomState | None] = []
+        self.random: list[tuple[RandomState, ...]] = []
 
-    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: RandomState | None) -> None:
+    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: tuple[RandomState, ...]) -> None:
         self.states.append(x)
         self.random.append(random)
 
@@ -88,19 +89,23 @@ class StepStates:
         pass  # autograd holds the states until the backward pass is over
 
     def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> list[Stage]:
-        random = self.random[step]
-        if random is not None:
-            random.restore()
+        problem, random = self.problem, self.random[step]
+        if random:
+            random[0].restore()
         y = self.states[step]
         # an alias: becoming a leaf of the graph must not show on the checkpoint
         x = [leaf.detach() for leaf in y]
-        if self.problem.time_needs_grad:
+        if problem.time_needs_grad:
             times = [time.detach().requires_grad_() for time in times]
         stages: list[Stage] = []
-        if self.problem.velocity.is_plain:
-            evaluate_tensor_stages(self.problem, y[0], x[0], h, times, graphs=stages)
+        first: Stage | None = None
+        if len(random) == 2:
+            first = Stage(times[0], x, problem.velocity.evaluate_with_graph(times[0], x))
+            random[1].restore()
+        if problem.velocity.is_plain:
+            evaluate_tensor_stages(problem, y[0], x[0], h, times, first, stages)
         else:
-            evaluate_stages(self.problem, y, x, h, times, graphs=stages)
+            evaluate_stages(problem, y, x, h, times, first, stages)
         return stages
 
 

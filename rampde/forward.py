@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rampde.checkpoint import Checkpoints
+from rampde.control import Attempt
 from rampde.grid import StepTimes, unbound
 from rampde.ops import rk_update
 from rampde.problem import Problem, Stage
@@ -39,7 +40,10 @@ def integrate(
 
     y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
     outputs = _Outputs(problem, y)
-    if velocity.is_plain and not problem.compensated and problem.random is None and not problem.time_needs_grad:
+    special = (
+        problem.compensated or problem.random is not None or problem.time_needs_grad or problem.observer is not None
+    )
+    if velocity.is_plain and not special:
         _integrate_tensor(problem, y[0], step_times, checkpoints, outputs, any_rounded, overflow_step)
     else:
         _integrate_leaves(problem, y, step_times, checkpoints, outputs, rounded, overflow_step)
@@ -63,10 +67,14 @@ def _integrate_leaves(
     weights = update.weights
     first: Stage | None = problem.first
     x = problem.first.x
+    observer, grid_times = problem.observer, problem.grid.times
     compensation = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
     graphs: list[Stage] | None = None
     random = problem.random
     for step, (h, times) in enumerate(step_times):
+        if observer is not None:
+            attempt = Attempt(grid_times[step], grid_times[step + 1], grid_times[step + 1] - grid_times[step])
+            observer.step(attempt, y)
         if checkpoints is not None:
             if random is not None and step > 0:
                 random = RandomState.current(velocity.spec.device)
@@ -77,7 +85,7 @@ def _integrate_leaves(
         velocities = evaluate_stages(problem, y, x, h, times, first, graphs)
         first = None
         if checkpoints is not None:
-            checkpoints.store(x, graphs, random)
+            checkpoints.store(x, graphs, () if random is None else (random,))
 
         y_next = outputs.next_state(step + 1, y)
         x = [
@@ -88,6 +96,8 @@ def _integrate_leaves(
             k = velocities[leaf] if update.dense else update.pick(velocities[leaf])
             checkpoint = x[leaf] if rounded[leaf] else None
             rk_update(state, k, h, weights, y_next[leaf], checkpoint, compensation[leaf], overflow_step, step)
+        if observer is not None:
+            observer.accepted(attempt, y, 0.0)
         y = y_next
         outputs.keep(y)
 
@@ -114,7 +124,7 @@ def _integrate_tensor(
         k = evaluate_tensor_stages(problem, y, x, h, times, first, graphs)
         first = None
         if checkpoints is not None:
-            checkpoints.store([x], graphs, None)
+            checkpoints.store([x], graphs, ())
         if not update.dense:
             k = update.pick(k)
         (y_next,) = outputs.next_state(step + 1, (y,))

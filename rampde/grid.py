@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Output:
 
     step: int  # the output lies in (grid[step], grid[step + 1]]; -1 for the initial time
     inside: bool
+    theta: float = 1.0  # where inside of an adaptive step, as a fraction of it
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,14 @@ def unbound(tensor: Tensor) -> Iterator[Tensor]:
     """The slices of ``tensor`` along its first dimension, made a chunk at a time."""
     for start in range(0, tensor.shape[0], CHUNK):
         yield from tensor[start : start + CHUNK].unbind(0)
+
+
+class StepSequence(Protocol):
+    """Step size and stage times of each step."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Sequence[Tensor]]: ...
 
 
 class StepTimes:

@@ -13,18 +13,19 @@ from torch import Tensor
 from rampde import grid as grids
 from rampde.autocast import switched_off
 from rampde.checkpoint import POLICIES
-from rampde.interpolation import METHODS as INTERPOLATIONS
+from rampde.events import EventSearch
 from rampde.interpolation import interpolate
-from rampde.methods import get_tableau
+from rampde.methods import DEFAULT, get_method
+from rampde.observer import CALLBACKS, Observer
+from rampde.options import ADAPTIVE, FIXED, AdaptiveOptions, EqualOptions, FixedOptions, named, warn_of_unknown
 from rampde.problem import Problem
 from rampde.scaling import DynamicScaler, automatic_scaler
 from rampde.solve import solve
 from rampde.state import State, StateSpec
-from rampde.tableau import ButcherTableau
+from rampde.stats import Progress, new_solve
+from rampde.tableau import ButcherTableau, ClosedTableau, EmbeddedTableau, close
 from rampde.tolerance import read_tolerance
 from rampde.velocity import Velocity
-
-OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "norm")
 
 
 def odeint(
@@ -41,6 +42,7 @@ def odeint(
     velocity_dtype: torch.dtype | None = None,
     checkpoint: str = "step",
     compensated: bool = False,
+    progress: bool = False,
 ) -> Any:
     """Solves ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, with 16-bit evaluations of ``func`` and 32-bit sums.
 
@@ -55,13 +57,22 @@ def odeint(
         y0: initial state: a floating point or complex tensor of any shape, or any nesting of tuples, lists and
             dicts of them.
         t: (T,) times, floating point, strictly increasing or decreasing, in the unit of ``func``'s time.
-        rtol, atol: tolerances of adaptive methods; the fixed-step methods do not use them.
-        method: "euler", "midpoint", "heun2", "heun3", "ralston", "rk4" (the 3/8 rule, as in torchdiffeq),
-            "rk4_classic", a name given to :func:`rampde.register_method`, or a :class:`rampde.ButcherTableau`.
-        options: ``step_size`` (positive; default: the steps end on the points of t), ``grid_constructor``
-            (``(func, y0, t) -> grid``), ``interp`` ("linear" or "cubic", for outputs between steps), ``perturb``
-            (evaluate just inside the ends of a step).
-        event_fn: not supported by fixed-step methods.
+        rtol, atol: an element's error in a step may be ``atol + rtol * |y|``, for adaptive methods: numbers, tensors
+            that broadcast to y0, or one of these for each tensor of y0.
+        method: with adaptive steps "dopri5" (the default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun";
+            with fixed steps "euler", "midpoint", "heun2", "heun3", "ralston", "rk4" (the 3/8 rule, as in
+            torchdiffeq), "rk4_classic"; a name given to :func:`rampde.register_method`; a
+            :class:`rampde.EmbeddedTableau` or a :class:`rampde.ButcherTableau`.
+        options: of adaptive methods ``first_step``, ``safety``, ``ifactor``, ``dfactor``, ``min_step``, ``max_step``,
+            ``max_num_steps`` (between two output times, 100,000), ``step_t``, ``jump_t``, ``norm``, ``dtype``,
+            ``controller`` ("I", "PI", "PID") with ``pcoeff``, ``icoeff``, ``dcoeff``, see
+            :class:`rampde.options.AdaptiveOptions`; of fixed-step methods ``step_size`` (positive; default: the steps
+            end on the points of t), ``grid_constructor`` (``(func, y0, t) -> grid``), ``interp`` ("linear" or
+            "cubic", for outputs between steps), ``perturb`` (evaluate just inside the ends of a step).
+        event_fn: ``event_fn(t, y)`` returns a tensor. The solve ends where its least element, each taken with the
+            sign that makes it positive at the start, becomes zero; of ``t``, which must have two times, the second
+            only says in which direction to go. Methods with fixed steps need ``step_size``. See also
+            :func:`rampde.odeint_event`.
         loss_scaler: None scales the adjoint dynamically where float16 takes part; False does not; a
             :class:`rampde.DynamicScaler` does at any precision. Any other object, such as a
             ``torch.amp.GradScaler``, means that the caller scales the loss: not scaled here, and gradients are all
@@ -72,30 +83,41 @@ def odeint(
             again, one step's graphs at a time), "none" the graph of every stage (nothing is evaluated again),
             "tape" what plain autograd keeps (forward mode; slower; parameter gradients are summed by autograd).
             Second derivatives work with all of them; for the first two the solve is then repeated on the tape.
+        progress: show a progress bar (needs tqdm).
         compensated: sum the state with compensation for rounding (Kahan), at 8 more bytes per element and step.
 
     Returns:
-        The states at ``t``: (T, *shape) for each tensor of y0, in the dtype of y0 and the structure of y0.
+        The states at ``t``: (T, *shape) for each tensor of y0, in the dtype of y0 and the structure of y0. With
+        ``event_fn`` a pair of the event's time, 0-dim, and the states (2, *shape) at ``t[0]`` and at the event.
 
     Raises:
         TypeError, ValueError: an argument that is not as described; the message says what was given.
+        RuntimeError: the steps became too small or too many, the message says where and what to do; f or the state
+            is not finite.
 
     Warns:
         RuntimeWarning: the state left the range of float16; the message names the step and the time.
-        UserWarning: an unknown option.
+        UserWarning: an unknown option; tolerances that the precision of the velocity cannot reach.
 
     The scheme is that of Celledoni, Owren, Ruthotto, Yang, Mixed Precision Training of Neural ODEs,
     arXiv 2510.23498.
     """
     if not callable(func):
         raise TypeError(f"func is a {type(func).__name__}, expected a callable func(t, y)")
-    if event_fn is not None:
-        raise ValueError("event_fn was given, but event handling is not part of this release; expected None")
+    if event_fn is not None and not callable(event_fn):
+        raise TypeError(f"event_fn is {event_fn!r}, expected a callable event_fn(t, y) or None")
     spec = StateSpec(y0)
     tolerance = read_tolerance(spec, rtol, atol)
-    tableau = get_tableau(method)
+    chosen = get_method(method)
+    name = method if isinstance(method, str) else DEFAULT if method is None else "the given tableau"
     _check_time_tensor(t)
-    chosen = _check_options(options, method)
+    if event_fn is not None and len(t) != 2:
+        raise ValueError(f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}.")
+    options = _check_options(options)
+    adaptive = isinstance(chosen, EmbeddedTableau)
+    warn_of_unknown(options, ADAPTIVE if adaptive else FIXED, name)
+    fixed = FixedOptions() if adaptive else FixedOptions.read(options)
+    control: AdaptiveOptions | EqualOptions | None = AdaptiveOptions.read(options) if adaptive else None
     if velocity_dtype is not None and velocity_dtype not in (
         torch.float16,
         torch.bfloat16,
@@ -104,40 +126,71 @@ def odeint(
     ):
         raise _bad("velocity_dtype", velocity_dtype, "a torch floating point dtype of 16, 32 or 64 bits, or None")
     if not isinstance(checkpoint, str):
-        raise TypeError(f"checkpoint is {checkpoint!r}, expected one of {_list(POLICIES)}")
+        raise TypeError(f"checkpoint is {checkpoint!r}, expected one of {named(POLICIES)}")
     if checkpoint not in POLICIES:
-        raise ValueError(f'checkpoint is "{checkpoint}", expected one of {_list(POLICIES)}')
-    if not isinstance(compensated, bool):
-        raise TypeError(f"compensated is {compensated!r}, expected True or False")
+        raise ValueError(f'checkpoint is "{checkpoint}", expected one of {named(POLICIES)}')
+    for flag, value in (("compensated", compensated), ("progress", progress)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{flag} is {value!r}, expected True or False")
     scaler, poison = _scaler(loss_scaler)
+    if event_fn is not None and not adaptive:
+        if fixed.step_size is None:
+            raise ValueError(
+                "event_fn was given to a method with fixed steps without options['step_size'], expected a step"
+                " size: the end of the solve is not known"
+            )
+        control = EqualOptions(fixed.step_size)
 
     leaves = spec.flatten(y0)
     values = _read_host(spec, leaves, t)
     if t.device != spec.device:
         t = t.to(spec.device)
-    time_grid = _time_grid(func, y0, t, values, chosen, spec.device)
-    own_grid = chosen["step_size"] is None and chosen["grid_constructor"] is None
-    if chosen["interp"] == "cubic" and t.requires_grad and not own_grid:
-        # the slope of the interpolant is the derivative with respect to t, at the ends of steps too
-        time_grid = time_grid.with_outputs_inside()
-    inside = any(output.inside for output in time_grid.outputs)
+    stats = new_solve(name)
+    bar = Progress(values[0], values[-1]) if progress else None
+    observer = Observer(func, spec, CALLBACKS if adaptive else CALLBACKS[:1], name, stats, bar)
     problem = Problem(
-        velocity=Velocity(func, spec, velocity_dtype),
-        method=tableau,
+        velocity=Velocity(func, spec, velocity_dtype, stats),
+        method=chosen,
         tolerance=tolerance,
-        options=chosen,
-        grid=time_grid,
+        options=options,
+        grid=_time_grid(func, y0, t, values, fixed, control, spec.device),
         checkpoint=checkpoint,
         compensated=compensated,
-        perturb=chosen["perturb"],
+        perturb=fixed.perturb,
         scaler=scaler,
         scaler_given=isinstance(loss_scaler, DynamicScaler),
         poison=poison,
-        # between steps the states are interpolated before they are rounded
-        output_dtypes=[leaf.state_dtype if inside else leaf.real_dtype for leaf in spec.leaves],
+        output_dtypes=[leaf.real_dtype for leaf in spec.leaves],
+        closed=_closed(chosen, fixed) if control is not None else None,
+        control=control,
+        search=None if event_fn is None else EventSearch(event_fn, spec, tolerance),
+        output_times=values,
+        observer=observer if observer.listening else None,
+        stats=stats,
     )
-    states = solve(problem, leaves)
-    return spec.unflatten(interpolate(problem, states, t, chosen["interp"]))
+    try:
+        if control is not None:
+            states = solve(problem, leaves)
+        else:
+            if any(output.inside for output in problem.grid.outputs):
+                # between steps the states are interpolated before they are rounded
+                problem.output_dtypes = [leaf.state_dtype for leaf in spec.leaves]
+            states = interpolate(problem, solve(problem, leaves), t, fixed.interp)
+    finally:
+        observer.close()
+    solution = spec.unflatten(states)
+    if event_fn is None:
+        return solution
+    assert problem.event_time is not None
+    return torch.tensor(problem.event_time, dtype=t.dtype, device=t.device), solution
+
+
+def _closed(method: object, fixed: FixedOptions) -> ClosedTableau:
+    """The method with the interpolant that outputs and events need."""
+    if isinstance(method, EmbeddedTableau):
+        return method.closed
+    assert isinstance(method, ButcherTableau)
+    return close(method, linear=fixed.interp == "linear")
 
 
 def _bad(name: str, value: object, expected: str) -> TypeError | ValueError:
@@ -145,8 +198,12 @@ def _bad(name: str, value: object, expected: str) -> TypeError | ValueError:
     return kind(f"{name} is {value!r}, expected {expected}")
 
 
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+def _check_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise TypeError(f"options is a {type(options).__name__}, expected a dict")
+    return dict(options)
 
 
 def _check_time_tensor(t: object) -> None:
@@ -158,45 +215,6 @@ def _check_time_tensor(t: object) -> None:
         raise TypeError(f"t is a tensor of layout {t.layout} on {t.device}, expected a dense tensor with data")
     if t.dim() != 1:
         raise ValueError(f"t has shape {list(t.shape)}, expected one dimension")
-
-
-def _check_options(options: dict[str, Any] | None, method: object) -> dict[str, Any]:
-    if options is None:
-        options = {}
-    if not isinstance(options, dict):
-        raise TypeError(f"options is a {type(options).__name__}, expected a dict")
-    unknown = {name: value for name, value in options.items() if name not in OPTIONS}
-    if unknown:
-        name = method if isinstance(method, str) else "the given tableau"
-        warnings.warn(f"{name}: Unexpected arguments {unknown}; known are {_list(OPTIONS)}", stacklevel=3)
-    step_size, constructor = options.get("step_size"), options.get("grid_constructor")
-    if step_size is not None and constructor is not None:
-        raise ValueError(
-            "step_size and grid_constructor are mutually exclusive arguments, but options has both; expected one"
-        )
-    if step_size is not None:
-        step_size = _step_size(step_size)
-    if constructor is not None and not callable(constructor):
-        raise TypeError(f"grid_constructor is {constructor!r}, expected a callable (func, y0, t) -> grid")
-    interp = options.get("interp", "linear")
-    if interp not in INTERPOLATIONS:
-        raise ValueError(f"Unknown interpolation method {interp!r}, expected one of {_list(INTERPOLATIONS)}")
-    perturb = options.get("perturb", False)
-    if not isinstance(perturb, bool):
-        raise TypeError(f"perturb is {perturb!r}, expected True or False")
-    return {"step_size": step_size, "grid_constructor": constructor, "interp": interp, "perturb": perturb}
-
-
-def _step_size(value: object) -> float:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"step_size has shape {list(value.shape)}, expected a single number")
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"step_size is {value!r}, expected a positive number")
-    if not 0 < value < math.inf:
-        raise ValueError(f"step_size is {value!r}, expected a positive, finite number")
-    return float(value)
 
 
 def _scaler(loss_scaler: object) -> tuple[DynamicScaler | None, bool]:
@@ -237,11 +255,19 @@ def _time_grid(
     y0: State,
     t: Tensor,
     values: list[float],
-    options: dict[str, Any],
+    options: FixedOptions,
+    control: object,
     device: torch.device,
 ) -> grids.TimeGrid:
-    if options["step_size"] is not None:
-        return grids.grid_of_step_size(t, values, options["step_size"], device)
-    if options["grid_constructor"] is not None:
-        return grids.grid_of_points(options["grid_constructor"](func, y0, t), t, values, device)
-    return grids.grid_of_outputs(t, values, device)
+    if control is not None:
+        return grids.TimeGrid(t.to(grids.time_dtype(device)), values[:1], [])
+    if options.step_size is not None:
+        grid = grids.grid_of_step_size(t, values, options.step_size, device)
+    elif options.grid_constructor is not None:
+        grid = grids.grid_of_points(options.grid_constructor(func, y0, t), t, values, device)
+    else:
+        return grids.grid_of_outputs(t, values, device)
+    if options.interp == "cubic" and t.requires_grad:
+        # the slope of the interpolant is the derivative with respect to t, at the ends of steps too
+        return grid.with_outputs_inside()
+    return grid

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from rampde.grid import StepTimes, TimeGrid
+from rampde.grid import StepSequence, TimeGrid
+from rampde.options import AdaptiveOptions, EqualOptions
 from rampde.randomness import RandomState
 from rampde.scaling import DynamicScaler
-from rampde.tableau import ButcherTableau, Combination
+from rampde.stats import SolveStats
+from rampde.tableau import ButcherTableau, ClosedTableau, Combination
 from rampde.tolerance import Tolerance
 from rampde.velocity import Velocity
+
+if TYPE_CHECKING:
+    from rampde.events import EventSearch
+    from rampde.observer import Observer
 
 
 @dataclass(slots=True)
@@ -35,7 +41,7 @@ class Problem:
         method: the method; its class says which family it is of.
         tolerance: tolerances of the error control, or of the iterations of an implicit method.
         options: options that the family of the method knows, checked.
-        grid: steps and outputs.
+        grid: steps and outputs; of a solve whose steps are decided on the way, known once it is over.
         checkpoint: "step", "none" or "tape".
         compensated: whether the state is summed with compensation.
         perturb: whether f is evaluated just inside the ends of a step.
@@ -44,6 +50,12 @@ class Problem:
         poison: without a scaler, whether one non-finite gradient makes all of them infinite, so that a
             ``GradScaler`` skips the step.
         output_dtypes: dtype of each leaf of the result.
+        closed: the tableau of a solve whose steps are decided on the way; None where the grid is known before.
+        control: the options of its steps: adaptive ones, or the size of equal ones.
+        search: the event that ends it, where there is one; ``event_time`` is where it was found.
+        output_times: the times of the user's ``t``.
+        observer: is told of the steps; None where nobody listens.
+        stats: counts what the solve costs, where that is asked for.
         step_times: step sizes and stage times, once the solve has begun.
         first: the evaluation at the start, done before the solve as it shows what f returns and captures; None
             where there are no steps.
@@ -65,7 +77,14 @@ class Problem:
     scaler_given: bool
     poison: bool
     output_dtypes: list[torch.dtype]
-    step_times: StepTimes | None = None
+    closed: ClosedTableau | None = None
+    control: AdaptiveOptions | EqualOptions | None = None
+    search: EventSearch | None = None
+    event_time: float | None = None
+    output_times: list[float] = field(default_factory=list)
+    observer: Observer | None = None
+    stats: SolveStats | None = None
+    step_times: StepSequence | None = None
     first: Stage | None = None
     random: RandomState | None = None
     time_needs_grad: bool = False
@@ -75,7 +94,27 @@ class Problem:
     @property
     def tableau(self) -> ButcherTableau:
         """The tableau of an explicit Runge-Kutta method."""
-        return cast(ButcherTableau, self.method)
+        return cast(ButcherTableau, self.method) if self.closed is None else self.closed
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to integrate: no time but the first, and no event to look for."""
+        return len(self.output_times) == 1
+
+    def first_time(self) -> Tensor:
+        """The initial time as f receives it."""
+        if self.step_times is not None:
+            return self.step_times[0][1][0]
+        return self.grid.points[0].detach().to(self.velocity.spec.time_dtype)
+
+    def event_at(self, index: int) -> bool:
+        """Whether the output is that of an event, whose time is not one that the user gave."""
+        return self.search is not None and index == 1
+
+    @property
+    def sign(self) -> float:
+        """-1 in reverse time."""
+        return -1.0 if self.output_times[-1] < self.output_times[0] else 1.0
 
     @cached_property
     def kept(self) -> list[int]:

@@ -10,34 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rampde.adaptive import integrate_adaptive
 from rampde.adjoint import Sweep
 from rampde.captures import Captures, hooks_muted, record
-from rampde.checkpoint import new_checkpoints
+from rampde.checkpoint import Checkpoints, new_checkpoints
 from rampde.forward import integrate
 from rampde.grid import StepTimes, stage_times
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState, preserved
 from rampde.tape import Gate, integrate_taped
+from rampde.tape_adaptive import integrate_adaptive_taped, repeat_adaptive_taped
 
 
 def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
-    """States at the grid points ``problem.kept``, leaf by leaf, differentiable in every tensor that f uses.
+    """The states that the solve returns, leaf by leaf, differentiable in every tensor that f uses.
 
+    On a grid that is known before: the states at the grid points ``problem.kept``; else one for each output time.
     ``y0``: real, dense leaves. The first stage is evaluated here, checked, and searched for what f captures.
     """
     velocity, points = problem.velocity, problem.grid.points
     if problem.checkpoint == "tape":
         return _solve_taped(problem, y0, points)
     with torch.no_grad():
-        h, times = stage_times(points, problem.tableau.nodes, velocity.spec.time_dtype, problem.perturb)
+        if problem.closed is None:
+            h, times = stage_times(points, problem.tableau.nodes, velocity.spec.time_dtype, problem.perturb)
+            problem.step_times = StepTimes(h, times)
         x = [leaf.detach().to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
-    if h.shape[0] == 0:
+    if problem.is_empty:
         return [leaf[None].to(dtype) for leaf, dtype in zip(y0, problem.output_dtypes, strict=True)]
-    problem.step_times = StepTimes(h, times)
-    time = problem.step_times[0][1][0]
+    time = problem.first_time()
     if not torch.is_grad_enabled():
         problem.first = Stage(time, x, velocity.evaluate_first(time, x))
-        return integrate(problem, y0, problem.step_times, None)
+        return _integrate(problem, y0, None)
 
     problem.time_needs_grad = points.requires_grad
     before = RandomState.current(velocity.spec.device)
@@ -55,7 +59,7 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
     wanted = captures.tensors or problem.time_needs_grad or any(leaf.requires_grad for leaf in y0)
     if not wanted:
         with torch.no_grad():
-            return integrate(problem, y0, problem.step_times, None)
+            return _integrate(problem, y0, None)
     after = RandomState.current(velocity.spec.device)
     problem.random = None if before.equals(after) else before
     outputs = _AdjointSolve.apply(  # type: ignore[no-untyped-call]
@@ -70,6 +74,15 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
     return list(outputs)
 
 
+def _integrate(problem: Problem, y0: Sequence[Tensor], checkpoints: Checkpoints | None) -> list[Tensor]:
+    """The road out, on a grid or with steps that are decided on the way."""
+    y0 = [leaf.detach() for leaf in y0]
+    if problem.closed is not None:
+        return integrate_adaptive(problem, y0, checkpoints)
+    assert isinstance(problem.step_times, StepTimes)
+    return integrate(problem, y0, problem.step_times, checkpoints)
+
+
 def _record_first(problem: Problem, time: Tensor, x: list[Tensor]) -> tuple[Stage, Captures]:
     """The first stage, with its graph where the policy keeps graphs, and what f captures."""
     velocity = problem.velocity
@@ -77,7 +90,7 @@ def _record_first(problem: Problem, time: Tensor, x: list[Tensor]) -> tuple[Stag
         time = time.detach().requires_grad_()
     for leaf in x:
         leaf.requires_grad_()
-    k, captures = record(velocity.func, velocity.evaluate_first, time, x)
+    k, captures = record(velocity.original, velocity.evaluate_first, time, x)
     if problem.checkpoint != "none":
         # plain aliases: the graph is not needed again, and a checkpoint is no leaf of a graph
         k, x = [value.detach() for value in k], [leaf.detach() for leaf in x]
@@ -94,12 +107,20 @@ def _note_precision(problem: Problem, first: Stage) -> None:
 
 
 def _solve_taped(problem: Problem, y0: list[Tensor], points: Tensor) -> list[Tensor]:
+    problem.checkpoint = "tape"
+    problem.time_needs_grad = points.requires_grad and torch.is_grad_enabled()
+    if problem.is_empty:
+        return [leaf[None].to(dtype) for leaf, dtype in zip(y0, problem.output_dtypes, strict=True)]
     velocity = problem.velocity
-    first = None
-    if points.shape[0] > 1:
-        _, times = stage_times(points[:2], problem.tableau.nodes[:1], velocity.spec.time_dtype, problem.perturb)
-        x = [leaf.to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
-        first = Stage(times[0, 0], x, velocity.evaluate_first(times[0, 0], x))
+    if problem.closed is not None:
+        time = points[0].to(velocity.spec.time_dtype)
+    else:
+        time = stage_times(points[:2], problem.tableau.nodes[:1], velocity.spec.time_dtype, problem.perturb)[1][0, 0]
+    x = [leaf.to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
+    first = Stage(time, x, velocity.evaluate_first(time, x))
+    if problem.closed is not None:
+        problem.first = first
+        return integrate_adaptive_taped(problem, y0)
     return integrate_taped(problem, y0, points, first)
 
 
@@ -111,8 +132,7 @@ class _AdjointSolve(torch.autograd.Function):
         leaves = len(problem.leaves)
         y0, captures = tensors[:leaves], tensors[leaves:]
         checkpoints = new_checkpoints(problem)
-        assert problem.step_times is not None
-        outputs = integrate(problem, [leaf.detach() for leaf in y0], problem.step_times, checkpoints)
+        outputs = _integrate(problem, y0, checkpoints)
         problem.first = None
         if problem.velocity.autocast.enabled and not checkpoints.needs_graph:
             # casts made above without a graph would detach these parameters in the rest of the caller's region
@@ -136,6 +156,8 @@ class _AdjointSolve(torch.autograd.Function):
         if all(cotangent is None for cotangent in cotangents):
             return (*unused, None, *[None] * (leaves + len(captures)))
         with ExitStack() as stack:
+            if problem.stats is not None:
+                stack.enter_context(problem.stats.backward())
             stack.enter_context(problem.velocity.autocast.entered())
             stack.enter_context(preserved(problem.velocity.spec.device, problem.random is not None))
             if torch.is_grad_enabled():
@@ -177,8 +199,16 @@ def _differentiable_backward(
 ) -> Sequence[Tensor | None]:
     """The gradients with their own graph (``create_graph=True``): the solve is repeated on the tape."""
     if problem.random is not None:
+        if problem.closed is not None:
+            raise RuntimeError(
+                "func draws random numbers, which the repetition of an adaptive solve cannot draw again, as second"
+                ' derivatives need; use checkpoint="tape" or a method with fixed steps'
+            )
         problem.random.restore()
     gate = Gate()
     points, y0 = gate(points), [gate(leaf) for leaf in y0]
-    outputs = integrate_taped(problem, y0, points)
+    if problem.closed is not None:
+        outputs = repeat_adaptive_taped(problem, y0, points)
+    else:
+        outputs = integrate_taped(problem, y0, points)
     return gate.gradients(outputs, cotangents, [points, *y0], captures)

@@ -22,8 +22,9 @@ def evaluate_stages(
 ) -> list[list[Tensor]]:
     """Velocities of the step from state ``y``, whose rounded form is ``x``, as ``[leaf][stage]``.
 
-    ``times`` are those of the stages and ``first`` is the first stage, where it is known already. With ``graphs``,
-    the graph of every stage is recorded by itself, from its input to its velocity, and the stages appended there.
+    ``times`` are those of the stages, the first ones or all, and ``first`` is the first stage, where it is known
+    already. With ``graphs``, the graph of every stage is recorded by itself, from its input to its velocity, and the
+    stages appended there.
     """
     velocity = problem.velocity
     evaluate = velocity.evaluate if graphs is None else velocity.evaluate_with_graph
@@ -31,7 +32,7 @@ def evaluate_stages(
     if graphs is not None:
         graphs.append(Stage(times[0], x, k) if first is None else first)
     velocities = [[value] for value in k]
-    for i, inputs in problem.later_stages:
+    for i, inputs in problem.later_stages[: len(times) - 1]:
         x = [
             # at stage i the list of velocities is that of the stages before it
             rk_stage(state, terms if inputs.dense else inputs.pick(terms), h, inputs.weights, dtype)
@@ -66,7 +67,7 @@ def evaluate_tensor_stages(
     k: list[Any] = [call(times[0], x)] if first is None else list(first.k)
     if graphs is not None:
         graphs.append(Stage(times[0], [x], [k[0]]) if first is None else first)
-    for i, inputs in problem.later_stages:
+    for i, inputs in problem.later_stages[: len(times) - 1]:
         # at stage i the list of velocities is that of the stages before it
         x = rk_stage(y, k if inputs.dense else inputs.pick(k), h, inputs.weights, dtype)
         time = times[i]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -126,11 +126,15 @@ class ButcherTableau:
     @cached_property
     def cotangents(self) -> tuple[StageCotangent, ...]:
         """What makes up the cotangent of each stage, last stage first; stages that affect nothing are left out."""
+        return self._cotangents(lambda i: self.b[i] != 0)
+
+    def _cotangents(self, wanted: Callable[[int], bool]) -> tuple[StageCotangent, ...]:
+        """The cotangents of the ``wanted`` stages and of all that these depend on."""
         cotangents: list[StageCotangent] = []
         swept: list[int] = []
         for i in reversed(range(self.stages)):
             later = _combination([self.a[j][i] for j in swept])
-            if self.b[i] != 0 or later.stages:
+            if wanted(i) or later.stages:
                 cotangents.append(StageCotangent(i, float(self.b[i]), later))
                 swept.append(i)
         return tuple(cotangents)
@@ -142,9 +146,12 @@ class ButcherTableau:
         A method has order ``p`` when for every rooted tree with at most ``p`` nodes the elementary weight equals
         ``1 / density`` (Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, theorem II.2.13).
         """
+        return self._order_of(self.b)
+
+    def _order_of(self, weights: Sequence[Coefficient]) -> int:
         for order in range(1, HIGHEST_ORDER_CHECKED + 1):
             for tree in rooted_trees(order):
-                weight = sum(b * phi for b, phi in zip(self.b, self._stage_weights(tree), strict=True))
+                weight = sum(b * phi for b, phi in zip(weights, self._stage_weights(tree), strict=True))
                 if not _equal(weight * density(tree), 1):
                     return order - 1
         return HIGHEST_ORDER_CHECKED
@@ -157,6 +164,145 @@ class ButcherTableau:
             for i, row in enumerate(self.a):
                 products[i] *= sum(a * phi for a, phi in zip(row, inner, strict=False))
         return products
+
+
+@dataclass(frozen=True)
+class EmbeddedTableau(ButcherTableau):
+    """An explicit Runge-Kutta method with an embedded error estimate and an interpolant, for adaptive steps.
+
+    Args:
+        a, b, c: as of :class:`ButcherTableau`.
+        error: ``s`` weights of the error estimate ``h sum_i error_i k_i``: ``b`` less the weights of the embedded
+            method, so that they sum to 0.
+        middle: weights of the state in the middle of a step, ``y + h sum_i middle_i k_i``, which sum to 1/2. They may
+            have ``s + 1`` entries where the last stage of the method is not at the end of the step: the last is then
+            that of the velocity there. None: the cubic Hermite interpolant is used.
+
+    Raises:
+        ValueError, TypeError: as :class:`ButcherTableau`; ``error`` or ``middle`` of the wrong length or sum.
+    """
+
+    error: Sequence[Coefficient] = ()
+    middle: Sequence[Coefficient] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        error = _numbers("error", self.error)
+        if len(error) != self.stages:
+            raise ValueError(f"error has {len(error)} weights, expected {self.stages}, one for each stage")
+        if not _equal(sum(error), 0):
+            raise ValueError(f"error sums to {sum(error)}, expected 0: the embedded method's weights sum to 1 too")
+        object.__setattr__(self, "error", error)
+        if self.middle is None:
+            return
+        middle = _numbers("middle", self.middle)
+        count = len(self.closed.b)
+        if not self.stages <= len(middle) <= count:
+            raise ValueError(f"middle has {len(middle)} weights, expected {count}")
+        if not _equal(sum(middle), Fraction(1, 2)):
+            raise ValueError(f"middle sums to {sum(middle)}, expected 1/2 (consistency)")
+        object.__setattr__(self, "middle", middle + (0,) * (count - len(middle)))
+
+    @cached_property
+    def control_order(self) -> int:
+        """Order in the step size of the estimated error: that of the embedded method, plus one."""
+        embedded = [b - e for b, e in zip(self.b, self.error, strict=True)]
+        return min(self.order, self._order_of(embedded)) + 1 if any(self.error) else self.order
+
+    @cached_property
+    def closed(self) -> ClosedTableau:
+        """The same method with the velocity at the end of the step as its last stage."""
+        return close(self, self.error, self.middle)
+
+
+@dataclass(frozen=True)
+class ClosedTableau(ButcherTableau):
+    """An explicit method whose last stage is the velocity at the end of the step, the first of the next step.
+
+    Such a step can be interpolated: ``y(t + theta h) = y + h sum_i w_i(theta) k_i`` with polynomials ``w_i``.
+
+    Attributes:
+        error: weights of the error estimate; all zero where there is none.
+        interpolant: for each stage the coefficients of ``theta, theta^2, ...`` in ``w_i``.
+    """
+
+    error: Sequence[Coefficient] = ()
+    interpolant: tuple[tuple[float, ...], ...] = ()
+
+    @cached_property
+    def attempted(self) -> int:
+        """Number of stages that must be known before the error is."""
+        return self.stages if self.error[-1] != 0 else self.stages - 1
+
+    @cached_property
+    def stages_before_end(self) -> list[tuple[int, Combination]]:
+        """The stages between the first and the last, with what enters their inputs."""
+        return list(enumerate(self.stage_inputs))[1:-1]
+
+    @cached_property
+    def interpolated_cotangents(self) -> tuple[StageCotangent, ...]:
+        """As ``cotangents``, of a step with outputs inside, where every stage may have one."""
+        return self._cotangents(lambda i: any(self.interpolant[i]) or self.b[i] != 0)
+
+    @cached_property
+    def error_weights(self) -> tuple[list[float], list[float]]:
+        """Weights of the update and of the error over the stages attempted."""
+        count = self.attempted
+        return [float(b) for b in self.b[:count]], [float(e) for e in self.error[:count]]
+
+    def weights_at(self, theta: float) -> list[float]:
+        """``w_i(theta)`` of all stages."""
+        return [theta * _horner(row, theta) for row in self.interpolant]
+
+    def slopes_at(self, theta: float) -> list[float]:
+        """``w_i'(theta)`` of all stages: the state moves by ``sum_i w_i' k_i`` per unit of time."""
+        return [_horner([(n + 1) * c for n, c in enumerate(row)], theta) for row in self.interpolant]
+
+
+def close(
+    tableau: ButcherTableau,
+    error: Sequence[Coefficient] = (),
+    middle: Sequence[Coefficient] | None = None,
+    linear: bool = False,
+) -> ClosedTableau:
+    """``tableau`` with the velocity at the end of the step as its last stage, added where it is not there yet.
+
+    The interpolant is the quartic through the states at both ends and in the ``middle`` of the step with the slopes
+    at both ends (L. F. Shampine, Math. Comp. 46, 1986), the cubic one without ``middle`` (Hairer, Norsett, Wanner I,
+    II.6, eq. 6.7), or the line between the ends.
+    """
+    b = list(tableau.b)
+    closed = b[-1] == 0 and list(tableau.a[-1]) == b[:-1]
+    rows = list(tableau.a) if closed else [*tableau.a, b]
+    weights = b if closed else [*b, 0]
+    count = len(weights)
+    first = [1.0] + [0.0] * (count - 1)
+    last = first[::-1]
+    if middle is None:
+        # where the cubic has its middle
+        mid = [float(w) / 2 + (f - e) / 8 for w, f, e in zip(weights, first, last, strict=True)]
+    else:
+        mid = [float(m) for m in middle] + [0.0] * (count - len(middle))
+    interpolant = tuple(
+        (float(w),)
+        if linear
+        else (
+            f,
+            e - 4 * f - 5 * float(w) + 16 * m,
+            5 * f - 3 * e + 14 * float(w) - 32 * m,
+            2 * (e - f) - 8 * float(w) + 16 * m,
+        )
+        for f, e, w, m in zip(first, last, weights, mid, strict=True)
+    )
+    errors = (*error, *[0] * (count - len(error)))
+    return ClosedTableau(a=rows, b=weights, error=errors, interpolant=interpolant)
+
+
+def _horner(coefficients: Sequence[float], x: float) -> float:
+    total = 0.0
+    for coefficient in reversed(coefficients):
+        total = total * x + coefficient
+    return total
 
 
 def _numbers(name: str, values: Sequence[Coefficient]) -> tuple[Coefficient, ...]:

@@ -139,12 +139,12 @@ def integrate_taped(problem: Problem, y0: Sequence[Tensor], points: Tensor, firs
                 velocities.append(first.k)
                 continue
             x = [
-                _combine(leaf, h, dtype, inputs.weights, None, [velocities[j][n] for j in inputs.stages])
+                combine(leaf, h, dtype, inputs.weights, None, [velocities[j][n] for j in inputs.stages])
                 for n, (leaf, dtype) in enumerate(zip(y, velocity.dtypes, strict=True))
             ]
             velocities.append(velocity.evaluate(times[i], x))
         y = [
-            _combine(leaf, h, leaf.dtype, update.weights, compensation[n], [velocities[i][n] for i in update.stages])
+            combine(leaf, h, leaf.dtype, update.weights, compensation[n], [velocities[i][n] for i in update.stages])
             for n, leaf in enumerate(y)
         ]
         if step + 1 in kept:
@@ -153,7 +153,7 @@ def integrate_taped(problem: Problem, y0: Sequence[Tensor], points: Tensor, firs
         return [torch.stack([state[n] for state in results]).to(dtype) for n, dtype in enumerate(problem.output_dtypes)]
 
 
-def _combine(
+def combine(
     y: Tensor, h: Tensor, dtype: torch.dtype, a: list[float], compensation: Tensor | None, k: list[Tensor]
 ) -> Tensor:
     if not k:

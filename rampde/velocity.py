@@ -10,6 +10,7 @@ from torch.autograd import Variable
 
 from rampde.autocast import AutocastState
 from rampde.state import State, StateSpec
+from rampde.stats import SolveStats
 
 _run_backward: Callable[..., tuple[Tensor | None, ...]] = Variable._execution_engine.run_backward
 
@@ -18,6 +19,8 @@ class Velocity:
     """``f(t, y)`` on real leaves.
 
     Attributes:
+        original: f as the user gave it.
+        func: f, which counts its evaluations where that is asked for.
         spec: structure of the state.
         dtypes: dtype to which the input of each leaf is rounded before f sees it.
         autocast: autocast state of the solve.
@@ -26,9 +29,14 @@ class Velocity:
     """
 
     def __init__(
-        self, func: Callable[[Tensor, State], State], spec: StateSpec, velocity_dtype: torch.dtype | None
+        self,
+        func: Callable[[Tensor, State], State],
+        spec: StateSpec,
+        velocity_dtype: torch.dtype | None,
+        stats: SolveStats | None = None,
     ) -> None:
-        self.func = func
+        self.original = func
+        self.func = func if stats is None else _counted(func, stats)
         self.spec = spec
         self.autocast = AutocastState.current(spec.device.type)
         self.dtypes = [self._input_dtype(leaf.dtype, velocity_dtype) for leaf in spec.leaves]
@@ -77,6 +85,14 @@ class Velocity:
             return self.evaluate(time, x)
         finally:
             torch._C._set_grad_enabled(False)
+
+
+def _counted(func: Callable[[Tensor, State], State], stats: SolveStats) -> Callable[[Tensor, State], State]:
+    def counted(time: Tensor, y: State) -> State:
+        stats.note_evaluation()
+        return func(time, y)
+
+    return counted
 
 
 def vector_jacobian_product(

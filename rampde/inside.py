@@ -1,0 +1,87 @@
+"""Outputs inside of steps, on the road back: their part in the cotangents of a step's stages.
+
+An output ``y(t + theta h) = y + h sum_i w_i(theta) k_i`` with loss gradient ``c`` adds ``c`` to the gradient of ``y``
+and ``w_i(theta) c`` to what ``b_i lam`` is for the step's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rampde.grid import Output
+from rampde.ops import rk_stage
+from rampde.problem import Stage
+from rampde.tableau import ClosedTableau
+
+# terms that the fused sum takes
+MAX_TERMS = 16
+
+
+class OutputsInside:
+    """The outputs inside of the steps of a solve, and the loss gradients with respect to them."""
+
+    def __init__(self, tableau: ClosedTableau, outputs: Sequence[Output], cotangents: Sequence[Tensor | None]) -> None:
+        """``cotangents``: for each leaf (T, *shape) or None for zero, as are ``outputs``."""
+        self._tableau, self._outputs, self._cotangents = tableau, outputs, cotangents
+        self._of_step: dict[int, list[int]] = {}
+        for index, output in enumerate(outputs):
+            if output.inside:
+                self._of_step.setdefault(output.step, []).append(index)
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._of_step
+
+    def stacked(self, step: int, leaf: int) -> Tensor | None:
+        """The loss gradients of the outputs in ``step``, (M, *shape)."""
+        indices, cotangents = self._of_step.get(step), self._cotangents[leaf]
+        if indices is None or cotangents is None:
+            return None
+        # times are monotone, so that outputs of one step are neighbours
+        return cotangents[indices[0] : indices[-1] + 1]
+
+    def add_to(self, adjoint: Tensor, step: int, leaf: int) -> Tensor:
+        """``adjoint`` plus what the outputs of ``step`` give to the state at its start; a new tensor."""
+        rows = self.stacked(step, leaf)
+        if rows is None:
+            return adjoint
+        return _weighted(adjoint, rows, [1.0] * rows.shape[0])
+
+    def bases(self, adjoint: Tensor, step: int, leaf: int) -> list[Tensor]:
+        """``b_i lam + sum_m w_i(theta_m) c_m`` for every stage."""
+        rows = self.stacked(step, leaf)
+        weights = [self._tableau.weights_at(self._outputs[index].theta) for index in self._of_step[step]]
+        bases = []
+        for stage, b in enumerate(self._tableau.b):
+            base = adjoint * float(b) if b != 0 else torch.zeros_like(adjoint)
+            bases.append(base if rows is None else _weighted(base, rows, [of_output[stage] for of_output in weights]))
+        return bases
+
+    def time_gradients(self, stages: Sequence[Stage], step: int) -> dict[int, Tensor]:
+        """For each output of ``step`` the gradient of the loss with respect to its time."""
+        gradients = {}
+        for position, index in enumerate(self._of_step[step]):
+            slopes = self._tableau.slopes_at(self._outputs[index].theta)
+            total: Tensor | None = None
+            for leaf in range(len(self._cotangents)):
+                rows = self.stacked(step, leaf)
+                if rows is None:
+                    continue
+                for slope, stage in zip(slopes, stages, strict=False):
+                    if slope != 0.0:
+                        part = slope * (rows[position].double() * stage.k[leaf].detach().double()).sum()
+                        total = part if total is None else total + part
+            if total is not None:
+                gradients[index] = total
+        return gradients
+
+
+def _weighted(base: Tensor, rows: Tensor, weights: Sequence[float]) -> Tensor:
+    one = torch.ones((), dtype=torch.float64 if base.device.type != "mps" else torch.float32, device=base.device)
+    terms = rows.unbind(0)
+    for start in range(0, len(terms), MAX_TERMS):
+        part = slice(start, start + MAX_TERMS)
+        base = rk_stage(base, terms[part], one, weights[part], base.dtype)
+    return base
