@@ -4,8 +4,21 @@ from rampde.continuous_adjoint import odeint_adjoint
 from rampde.methods import METHODS, register_method
 from rampde.odeint import odeint
 from rampde.scaling import DynamicScaler
-from rampde.tableau import ButcherTableau
+from rampde.statistics import SolveStats, Stats, stats
+from rampde.tableau import ButcherTableau, EmbeddedTableau
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "ButcherTableau", "DynamicScaler", "__version__", "odeint", "odeint_adjoint", "register_method"]
+__all__ = [
+    "METHODS",
+    "ButcherTableau",
+    "DynamicScaler",
+    "EmbeddedTableau",
+    "SolveStats",
+    "Stats",
+    "__version__",
+    "odeint",
+    "odeint_adjoint",
+    "register_method",
+    "stats",
+]

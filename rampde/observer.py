@@ -12,7 +12,7 @@ from torch import Tensor
 from rampde.control import Attempt
 from rampde.grid import time_dtype
 from rampde.state import StateSpec
-from rampde.stats import Progress, SolveStats
+from rampde.statistics import Progress, SolveStats
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 """Attributes of f that are called with ``(t0, y0, dt)`` before, after an accepted and after a rejected step."""

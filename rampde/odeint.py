@@ -22,7 +22,7 @@ from rampde.problem import Problem
 from rampde.scaling import DynamicScaler, automatic_scaler
 from rampde.solve import solve
 from rampde.state import State, StateSpec
-from rampde.stats import Progress, new_solve
+from rampde.statistics import Progress, new_solve
 from rampde.tableau import ButcherTableau, ClosedTableau, EmbeddedTableau, close
 from rampde.tolerance import read_tolerance
 from rampde.velocity import Velocity

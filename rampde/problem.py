@@ -13,7 +13,7 @@ from rampde.grid import StepSequence, TimeGrid
 from rampde.options import AdaptiveOptions, EqualOptions
 from rampde.randomness import RandomState
 from rampde.scaling import DynamicScaler
-from rampde.stats import SolveStats
+from rampde.statistics import SolveStats
 from rampde.tableau import ButcherTableau, ClosedTableau, Combination
 from rampde.tolerance import Tolerance
 from rampde.velocity import Velocity

@@ -10,7 +10,7 @@ from torch.autograd import Variable
 
 from rampde.autocast import AutocastState
 from rampde.state import State, StateSpec
-from rampde.stats import SolveStats
+from rampde.statistics import SolveStats
 
 _run_backward: Callable[..., tuple[Tensor | None, ...]] = Variable._execution_engine.run_backward
 
