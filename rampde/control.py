@@ -65,10 +65,7 @@ class EqualSteps:
 
     def propose(self) -> Attempt:
         if self._count >= self._max_num_steps:
-            raise RuntimeError(
-                f"no event in {self._max_num_steps} steps of size {abs(self._h):g}, up to t ="
-                f" {self._start + self._count * self._h:.6g}; expected event_fn to change its sign"
-            )
+            raise no_event(self._count, abs(self._h), self._start + self._count * self._h)
         start = self._start + self._count * self._h
         end = self._start + (self._count + 1) * self._h
         return Attempt(start, end, self._h)
@@ -186,6 +183,13 @@ class AdaptiveSteps:
 
     def new_interval(self) -> None:
         self._attempts = 0
+
+
+def no_event(steps: int, size: float, end: float) -> RuntimeError:
+    """The error of a search with fixed steps that found nothing."""
+    return RuntimeError(
+        f"no event in {steps} steps of size {size:g}, up to t = {end:.6g}; expected event_fn to change its sign"
+    )
 
 
 class TooManySteps(RuntimeError):

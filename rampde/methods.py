@@ -1,7 +1,9 @@
 """The methods by name, and the registry for a user's own."""
 
 from fractions import Fraction as F
+from typing import TypeVar
 
+from rampde.implicit_tableau import IMPLICIT_METHODS, ImplicitTableau
 from rampde.tableau import ButcherTableau, EmbeddedTableau
 
 ADAPTIVE: dict[str, EmbeddedTableau] = {
@@ -246,24 +248,27 @@ FIXED: dict[str, ButcherTableau] = {
     ),
 }
 
-METHODS: dict[str, object] = {**ADAPTIVE, **FIXED}
+METHODS: dict[str, object] = {**ADAPTIVE, **FIXED, **IMPLICIT_METHODS}
 
 DEFAULT = "dopri5"
 
 
-def register_method(name: str, tableau: ButcherTableau) -> ButcherTableau:
+Tableau = TypeVar("Tableau", ButcherTableau, EmbeddedTableau, ImplicitTableau)
+
+
+def register_method(name: str, tableau: Tableau) -> Tableau:
     """Makes ``odeint(..., method=name)`` use ``tableau``.
 
     Returns:
         ``tableau``, whose ``order`` is then known to have been checked to be at least 1.
 
     Raises:
-        TypeError: ``name`` is not a string or ``tableau`` not a :class:`ButcherTableau`.
+        TypeError: ``name`` is not a string or ``tableau`` not a tableau.
         ValueError: the name is empty or taken by another tableau.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, expected a string")
-    if not isinstance(tableau, ButcherTableau):
+    if not isinstance(tableau, ButcherTableau | ImplicitTableau):
         raise TypeError(f"tableau is {tableau!r}, expected a rampde.ButcherTableau")
     if not name:
         raise ValueError("name is empty, expected a name for the method")
@@ -280,7 +285,7 @@ def get_method(method: object) -> object:
         TypeError: neither a string nor a tableau.
         ValueError: an unknown name; the message lists the known ones.
     """
-    if isinstance(method, ButcherTableau):
+    if isinstance(method, ButcherTableau | ImplicitTableau):
         return method
     if method is None:
         method = DEFAULT

@@ -13,14 +13,15 @@ from torch import Tensor
 from rampde import grid as grids
 from rampde.autocast import switched_off
 from rampde.checkpoint import POLICIES
+from rampde.event_on_grid import solve_until_event
 from rampde.events import EventSearch
+from rampde.families import EMBEDDED, family_of
 from rampde.interpolation import interpolate
 from rampde.methods import DEFAULT, get_method
-from rampde.observer import CALLBACKS, Observer
-from rampde.options import ADAPTIVE, FIXED, AdaptiveOptions, EqualOptions, FixedOptions, named, warn_of_unknown
+from rampde.observer import Observer
+from rampde.options import AdaptiveOptions, EqualOptions, FixedOptions, named, warn_of_unknown
 from rampde.problem import Problem
 from rampde.scaling import DynamicScaler, automatic_scaler
-from rampde.solve import solve
 from rampde.state import State, StateSpec
 from rampde.statistics import Progress, new_solve
 from rampde.tableau import ButcherTableau, ClosedTableau, EmbeddedTableau, close
@@ -114,8 +115,9 @@ def odeint(
     if event_fn is not None and len(t) != 2:
         raise ValueError(f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}.")
     options = _check_options(options)
-    adaptive = isinstance(chosen, EmbeddedTableau)
-    warn_of_unknown(options, ADAPTIVE if adaptive else FIXED, name)
+    family = family_of(chosen)
+    adaptive = family is EMBEDDED
+    warn_of_unknown(options, family.options, name)
     fixed = FixedOptions() if adaptive else FixedOptions.read(options)
     control: AdaptiveOptions | EqualOptions | None = AdaptiveOptions.read(options) if adaptive else None
     if velocity_dtype is not None and velocity_dtype not in (
@@ -139,7 +141,8 @@ def odeint(
                 "event_fn was given to a method with fixed steps without options['step_size'], expected a step"
                 " size: the end of the solve is not known"
             )
-        control = EqualOptions(fixed.step_size)
+        if family.steps_on_the_way:
+            control = EqualOptions(fixed.step_size)
 
     leaves = spec.flatten(y0)
     values = _read_host(spec, leaves, t)
@@ -147,13 +150,13 @@ def odeint(
         t = t.to(spec.device)
     stats = new_solve(name)
     bar = Progress(values[0], values[-1]) if progress else None
-    observer = Observer(func, spec, CALLBACKS if adaptive else CALLBACKS[:1], name, stats, bar)
+    observer = Observer(func, spec, family.callbacks, name, stats, bar)
     problem = Problem(
         velocity=Velocity(func, spec, velocity_dtype, stats),
         method=chosen,
         tolerance=tolerance,
         options=options,
-        grid=_time_grid(func, y0, t, values, fixed, control, spec.device),
+        grid=_time_grid(func, y0, t, values, fixed, adaptive or event_fn is not None, spec.device),
         checkpoint=checkpoint,
         compensated=compensated,
         perturb=fixed.perturb,
@@ -170,12 +173,14 @@ def odeint(
     )
     try:
         if control is not None:
-            states = solve(problem, leaves)
+            states = family.solve(problem, leaves)
+        elif event_fn is not None:
+            states = solve_until_event(problem, leaves, fixed, family.solve)
         else:
             if any(output.inside for output in problem.grid.outputs):
                 # between steps the states are interpolated before they are rounded
                 problem.output_dtypes = [leaf.state_dtype for leaf in spec.leaves]
-            states = interpolate(problem, solve(problem, leaves), t, fixed.interp)
+            states = interpolate(problem, family.solve(problem, leaves), t, fixed.interp)
     finally:
         observer.close()
     solution = spec.unflatten(states)
@@ -256,10 +261,10 @@ def _time_grid(
     t: Tensor,
     values: list[float],
     options: FixedOptions,
-    control: object,
+    on_the_way: bool,
     device: torch.device,
 ) -> grids.TimeGrid:
-    if control is not None:
+    if on_the_way:
         return grids.TimeGrid(t.to(grids.time_dtype(device)), values[:1], [])
     if options.step_size is not None:
         grid = grids.grid_of_step_size(t, values, options.step_size, device)

@@ -159,6 +159,10 @@ class OptionNames:
     # accepted without effect, as other families of methods use them
     ignored: tuple[str, ...] = field(default=())
 
+    def with_known(self, names: tuple[str, ...]) -> OptionNames:
+        """These names and further ones."""
+        return OptionNames((*self.known, *names), self.ignored)
+
 
 FIXED = OptionNames(("step_size", "grid_constructor", "interp", "perturb"), ("norm",))
 ADAPTIVE = OptionNames(

@@ -1,0 +1,49 @@
+"""The families of methods: which options and callbacks each knows, and how it solves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from rampde.implicit import solve_implicit
+from rampde.implicit_tableau import ImplicitTableau
+from rampde.newton import NewtonOptions
+from rampde.observer import CALLBACKS
+from rampde.options import ADAPTIVE, FIXED, OptionNames
+from rampde.problem import Problem
+from rampde.solve import solve
+from rampde.tableau import ButcherTableau, EmbeddedTableau
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the front door must know of a method.
+
+    Attributes:
+        options: names of its options.
+        solve: takes the problem and the leaves of y0 to the states that it returns.
+        callbacks: attributes of f that are called during a solve.
+        steps_on_the_way: whether its steps can be decided on the way, so that it can end at an event.
+    """
+
+    options: OptionNames
+    solve: Callable[[Problem, list[Tensor]], list[Tensor]]
+    callbacks: tuple[str, ...] = CALLBACKS[:1]
+    steps_on_the_way: bool = False
+
+
+EMBEDDED = Family(ADAPTIVE, solve, CALLBACKS, steps_on_the_way=True)
+EXPLICIT = Family(FIXED, solve, steps_on_the_way=True)
+IMPLICIT = Family(FIXED.with_known(tuple(field.name for field in fields(NewtonOptions))), solve_implicit)
+
+
+def family_of(method: object) -> Family:
+    """The family of a method that :func:`rampde.methods.get_method` returned."""
+    if isinstance(method, EmbeddedTableau):
+        return EMBEDDED
+    if isinstance(method, ImplicitTableau):
+        return IMPLICIT
+    assert isinstance(method, ButcherTableau)
+    return EXPLICIT
