@@ -1,8 +1,10 @@
 """rampde: mixed-precision neural-ODE solvers for PyTorch."""
 
 from rampde.continuous_adjoint import odeint_adjoint
+from rampde.dense import DenseSolution, odeint_dense
 from rampde.methods import METHODS, register_method
 from rampde.odeint import odeint
+from rampde.odeint_event import odeint_event
 from rampde.scaling import DynamicScaler
 from rampde.statistics import SolveStats, Stats, stats
 from rampde.tableau import ButcherTableau, EmbeddedTableau
@@ -12,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "ButcherTableau",
+    "DenseSolution",
     "DynamicScaler",
     "EmbeddedTableau",
     "SolveStats",
@@ -19,6 +22,8 @@ __all__ = [
     "__version__",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
     "register_method",
     "stats",
 ]

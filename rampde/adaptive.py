@@ -206,7 +206,11 @@ class Rows:
             for leaf, dtype in zip(y, dtypes, strict=True)
         ]
 
+    def step(self, arithmetic: Arithmetic, y: list[Tensor], trial: Trial) -> None:
+        """A step from ``y`` was accepted."""
+
     def put(self, index: int, values: Sequence[Tensor]) -> None:
+        """The output ``index``."""
         for leaf, value in zip(self.leaves, values, strict=True):
             leaf[index] = value
 
@@ -276,6 +280,7 @@ class Loop:
                     f"non-finite values in the state at t = {attempt.end:.6g}, after a step of {abs(attempt.h):.3g}"
                     " that min_step forced; expected a func that stays finite, or a smaller min_step"
                 )
+            self.rows.step(arithmetic, y, trial)
             ended = self._write_event(y, trial) if self.search is not None else self._write_outputs(y, trial)
             if self.checkpoints is not None:
                 self.checkpoints.store(first.x, trial.stages, (*random, *trial.random[:1]))

@@ -1,0 +1,218 @@
+"""From the arguments of a solve to the problem it is: defaults, checks, and the one look at the device before it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rampde import grid as grids
+from rampde.autocast import switched_off
+from rampde.checkpoint import POLICIES
+from rampde.events import EventSearch
+from rampde.families import EMBEDDED, Family, family_of
+from rampde.methods import DEFAULT, get_method
+from rampde.observer import Observer
+from rampde.options import AdaptiveOptions, EqualOptions, FixedOptions, named, warn_of_unknown
+from rampde.problem import Problem
+from rampde.scaling import DynamicScaler, automatic_scaler
+from rampde.state import State, StateSpec
+from rampde.statistics import Progress, new_solve
+from rampde.tableau import ButcherTableau, ClosedTableau, EmbeddedTableau, close
+from rampde.tolerance import read_tolerance
+from rampde.velocity import Velocity
+
+
+@dataclass
+class Request:
+    """A solve as it was asked for.
+
+    ``leaves``: y0, real and dense; ``t``: the output times on the state's device.
+    """
+
+    problem: Problem
+    family: Family
+    leaves: list[Tensor]
+    t: Tensor
+    fixed: FixedOptions
+
+
+def read_arguments(
+    func: Callable[[Tensor, Any], Any],
+    y0: Any,
+    t: Tensor,
+    *,
+    rtol: object,
+    atol: object,
+    method: object,
+    options: dict[str, Any] | None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None,
+    loss_scaler: object,
+    velocity_dtype: torch.dtype | None,
+    checkpoint: str,
+    compensated: bool,
+    progress: bool,
+) -> Request:
+    """Checks the arguments, which mean what :func:`rampde.odeint` says, and makes the problem of them."""
+    if not callable(func):
+        raise TypeError(f"func is a {type(func).__name__}, expected a callable func(t, y)")
+    if event_fn is not None and not callable(event_fn):
+        raise TypeError(f"event_fn is {event_fn!r}, expected a callable event_fn(t, y) or None")
+    spec = StateSpec(y0)
+    tolerance = read_tolerance(spec, rtol, atol)
+    chosen = get_method(method)
+    name = method if isinstance(method, str) else DEFAULT if method is None else "the given tableau"
+    _check_time_tensor(t)
+    if event_fn is not None and len(t) != 2:
+        raise ValueError(f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}.")
+    options = _check_options(options)
+    family = family_of(chosen)
+    adaptive = family is EMBEDDED
+    warn_of_unknown(options, family.options, name)
+    fixed = FixedOptions() if adaptive else FixedOptions.read(options)
+    control: AdaptiveOptions | EqualOptions | None = AdaptiveOptions.read(options) if adaptive else None
+    if velocity_dtype is not None and velocity_dtype not in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
+        raise _bad("velocity_dtype", velocity_dtype, "a torch floating point dtype of 16, 32 or 64 bits, or None")
+    if not isinstance(checkpoint, str):
+        raise TypeError(f"checkpoint is {checkpoint!r}, expected one of {named(POLICIES)}")
+    if checkpoint not in POLICIES:
+        raise ValueError(f'checkpoint is "{checkpoint}", expected one of {named(POLICIES)}')
+    for flag, value in (("compensated", compensated), ("progress", progress)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{flag} is {value!r}, expected True or False")
+    scaler, poison = _scaler(loss_scaler)
+    if event_fn is not None and not adaptive:
+        if fixed.step_size is None:
+            raise ValueError(
+                "event_fn was given to a method with fixed steps without options['step_size'], expected a step"
+                " size: the end of the solve is not known"
+            )
+        if family.steps_on_the_way:
+            control = EqualOptions(fixed.step_size)
+
+    leaves = spec.flatten(y0)
+    values = _read_host(spec, leaves, t)
+    if t.device != spec.device:
+        t = t.to(spec.device)
+    stats = new_solve(name)
+    bar = Progress(values[0], values[-1]) if progress else None
+    observer = Observer(func, spec, family.callbacks, name, stats, bar)
+    problem = Problem(
+        velocity=Velocity(func, spec, velocity_dtype, stats),
+        method=chosen,
+        tolerance=tolerance,
+        options=options,
+        grid=_time_grid(func, y0, t, values, fixed, adaptive or event_fn is not None, spec.device),
+        checkpoint=checkpoint,
+        compensated=compensated,
+        perturb=fixed.perturb,
+        scaler=scaler,
+        scaler_given=isinstance(loss_scaler, DynamicScaler),
+        poison=poison,
+        output_dtypes=[leaf.real_dtype for leaf in spec.leaves],
+        closed=_closed(chosen, fixed) if control is not None else None,
+        control=control,
+        search=None if event_fn is None else EventSearch(event_fn, spec, tolerance),
+        output_times=values,
+        observer=observer if observer.listening else None,
+        stats=stats,
+    )
+    return Request(problem, family, leaves, t, fixed)
+
+
+def _closed(method: object, fixed: FixedOptions) -> ClosedTableau:
+    """The method with the interpolant that outputs and events need."""
+    if isinstance(method, EmbeddedTableau):
+        return method.closed
+    assert isinstance(method, ButcherTableau)
+    return close(method, linear=fixed.interp == "linear")
+
+
+def _bad(name: str, value: object, expected: str) -> TypeError | ValueError:
+    kind = ValueError if isinstance(value, torch.dtype) else TypeError
+    return kind(f"{name} is {value!r}, expected {expected}")
+
+
+def _check_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise TypeError(f"options is a {type(options).__name__}, expected a dict")
+    return dict(options)
+
+
+def _check_time_tensor(t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"t is a {type(t).__name__}, expected a one-dimensional floating point tensor")
+    if not t.is_floating_point():
+        raise TypeError(f"t has dtype {t.dtype}, expected a floating point dtype")
+    if t.layout != torch.strided or t.device.type == "meta":
+        raise TypeError(f"t is a tensor of layout {t.layout} on {t.device}, expected a dense tensor with data")
+    if t.dim() != 1:
+        raise ValueError(f"t has shape {list(t.shape)}, expected one dimension")
+
+
+def _scaler(loss_scaler: object) -> tuple[DynamicScaler | None, bool]:
+    """The scaler, and whether one non-finite gradient is to make all of them infinite."""
+    if loss_scaler is None:
+        return automatic_scaler(), False
+    if isinstance(loss_scaler, DynamicScaler):
+        return loss_scaler, False
+    if isinstance(loss_scaler, type):
+        raise TypeError(f"loss_scaler is the class {loss_scaler.__name__}, expected an instance, None or False")
+    if loss_scaler is True or (isinstance(loss_scaler, str | int | float | Tensor) and loss_scaler is not False):
+        raise TypeError(f"loss_scaler is {loss_scaler!r}, expected None, False, a DynamicScaler or a GradScaler")
+    return None, True
+
+
+def _read_host(spec: StateSpec, leaves: list[Tensor], t: Tensor) -> list[float]:
+    """The output times as floats, checked, and y0 checked to be finite: the one look at the device of a solve."""
+    # a sum is finite only where all terms are: one pass, and a closer look only where it is not
+    sums = [leaf.detach().sum() for leaf in leaves]
+    if t.device == spec.device and spec.device.type != "cpu":
+        dtype = grids.time_dtype(t.device)
+        with switched_off(spec.device):
+            numbers = torch.cat([t.detach().to(dtype), torch.stack([total.to(dtype) for total in sums])]).tolist()
+        values, totals = numbers[: len(t)], numbers[len(t) :]
+    else:
+        if t.device != spec.device:
+            warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
+        values, totals = t.detach().to("cpu", torch.float64).tolist(), [total.item() for total in sums]
+    grids.check_times(values)
+    for leaf, values_of_leaf, total in zip(spec.leaves, leaves, totals, strict=True):
+        if not math.isfinite(total) and not bool(torch.isfinite(values_of_leaf).all()):
+            raise ValueError(f"{leaf.name} has elements that are not finite, expected a finite initial state")
+    return values
+
+
+def _time_grid(
+    func: Callable[..., Any],
+    y0: State,
+    t: Tensor,
+    values: list[float],
+    options: FixedOptions,
+    on_the_way: bool,
+    device: torch.device,
+) -> grids.TimeGrid:
+    if on_the_way:
+        return grids.TimeGrid(t.to(grids.time_dtype(device)), values[:1], [])
+    if options.step_size is not None:
+        grid = grids.grid_of_step_size(t, values, options.step_size, device)
+    elif options.grid_constructor is not None:
+        grid = grids.grid_of_points(options.grid_constructor(func, y0, t), t, values, device)
+    else:
+        return grids.grid_of_outputs(t, values, device)
+    if options.interp == "cubic" and t.requires_grad:
+        # the slope of the interpolant is the derivative with respect to t, at the ends of steps too
+        return grid.with_outputs_inside()
+    return grid
