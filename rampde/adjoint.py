@@ -51,21 +51,27 @@ class Sweep:
         self.captures = captures
         self.retain_graph = retain_graph
         self.scaler = problem.scaler
-        self.cotangents = [self._by_grid_point(leaf) for leaf in cotangents]
-        self.inside: OutputsInside | None = None
-        if problem.closed is not None:
-            self.inside = OutputsInside(problem.closed, problem.grid.outputs, cotangents)
         self.incoming = [leaf for leaf in cotangents if leaf is not None]
-        assert problem.step_times is not None
-        self.step_times = problem.step_times
-        self.steps = len(problem.step_times)
+        self.inside: OutputsInside | None = None
+        self.time_gradients: list[tuple[Tensor, Tensor] | None] = []
+        self.output_time_gradients: dict[int, Tensor] = {}
         self.totals: Gradients = [None] * len(captures)
         self.any_complex = any(capture.is_complex() for capture in captures)
         self.complete = False  # whether every capture has a total
         self.sparse = False  # whether some f did not depend on some part of the state
-        self.time_gradients: list[tuple[Tensor, Tensor] | None] = [None] * self.steps
-        self.output_time_gradients: dict[int, Tensor] = {}
         self.scale_state = None if self.scaler is None else self.scaler.new_state(points.device)
+        self._place(cotangents)
+
+    def _place(self, cotangents: Sequence[Tensor | None]) -> None:
+        """Where among the steps the loss gradients lie."""
+        problem = self.problem
+        self.cotangents = [self._by_grid_point(leaf) for leaf in cotangents]
+        if problem.closed is not None:
+            self.inside = OutputsInside(problem.closed, problem.grid.outputs, cotangents)
+        assert problem.step_times is not None
+        self.step_times = problem.step_times
+        self.steps = len(problem.step_times)
+        self.time_gradients = [None] * self.steps
 
     def _by_grid_point(self, cotangent: Tensor | None) -> dict[int, Tensor]:
         if cotangent is None:

@@ -67,7 +67,7 @@ def read_arguments(
     tolerance = read_tolerance(spec, rtol, atol)
     chosen = get_method(method)
     name = method if isinstance(method, str) else DEFAULT if method is None else "the given tableau"
-    _check_time_tensor(t)
+    _check_time_tensor(t, batched=isinstance(options, dict) and options.get("batch_axis") is not None)
     if event_fn is not None and len(t) != 2:
         raise ValueError(f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}.")
     options = _check_options(options)
@@ -91,6 +91,8 @@ def read_arguments(
         if not isinstance(value, bool):
             raise TypeError(f"{flag} is {value!r}, expected True or False")
     scaler, poison = _scaler(loss_scaler)
+    if isinstance(control, AdaptiveOptions) and control.batch_axis is not None:
+        _check_batch(spec, t, control, event_fn, checkpoint, compensated)
     if event_fn is not None and not adaptive:
         if fixed.step_size is None:
             raise ValueError(
@@ -151,14 +153,42 @@ def _check_options(options: dict[str, Any] | None) -> dict[str, Any]:
     return dict(options)
 
 
-def _check_time_tensor(t: object) -> None:
+def _check_batch(
+    spec: StateSpec, t: Tensor, control: AdaptiveOptions, event_fn: object, checkpoint: str, compensated: bool
+) -> None:
+    """What a solve must be for each sample to have its own steps."""
+    shapes = [list(leaf.shape) for leaf in spec.leaves]
+    if any(not shape or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"y0 has shapes {shapes}, expected the same first dimension in all of them, the batch of"
+            " options['batch_axis']"
+        )
+    if t.dim() == 2 and t.shape[0] != shapes[0][0]:
+        raise ValueError(f"t has shape {list(t.shape)}, expected (T,) or ({shapes[0][0]}, T), a row for each sample")
+    given = [
+        name
+        for name, present in (
+            ("options['norm']", control.norm is not None),
+            ("options['step_t']", bool(control.step_t)),
+            ("options['jump_t']", bool(control.jump_t)),
+            ("event_fn", event_fn is not None),
+            ("compensated", compensated),
+            ('checkpoint="none"', checkpoint == "none"),
+        )
+        if present
+    ]
+    if given:
+        raise ValueError(f"options['batch_axis'] was given with {', '.join(given)}, expected one without the other")
+
+
+def _check_time_tensor(t: object, batched: bool) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"t is a {type(t).__name__}, expected a one-dimensional floating point tensor")
     if not t.is_floating_point():
         raise TypeError(f"t has dtype {t.dtype}, expected a floating point dtype")
     if t.layout != torch.strided or t.device.type == "meta":
         raise TypeError(f"t is a tensor of layout {t.layout} on {t.device}, expected a dense tensor with data")
-    if t.dim() != 1:
+    if t.dim() != 1 and not (batched and t.dim() == 2):
         raise ValueError(f"t has shape {list(t.shape)}, expected one dimension")
 
 
@@ -182,17 +212,35 @@ def _read_host(spec: StateSpec, leaves: list[Tensor], t: Tensor) -> list[float]:
     if t.device == spec.device and spec.device.type != "cpu":
         dtype = grids.time_dtype(t.device)
         with switched_off(spec.device):
-            numbers = torch.cat([t.detach().to(dtype), torch.stack([total.to(dtype) for total in sums])]).tolist()
-        values, totals = numbers[: len(t)], numbers[len(t) :]
+            totals_together = torch.stack([total.to(dtype) for total in sums])
+            numbers = torch.cat([t.detach().to(dtype).flatten(), totals_together]).tolist()
+        values, totals = numbers[: t.numel()], numbers[t.numel() :]
     else:
         if t.device != spec.device:
             warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
-        values, totals = t.detach().to("cpu", torch.float64).tolist(), [total.item() for total in sums]
-    grids.check_times(values)
+        values = t.detach().to("cpu", torch.float64).flatten().tolist()
+        totals = [total.item() for total in sums]
+    if t.dim() == 1:
+        grids.check_times(values)
+    else:
+        values = _check_rows(values, t.shape[1])
     for leaf, values_of_leaf, total in zip(spec.leaves, leaves, totals, strict=True):
         if not math.isfinite(total) and not bool(torch.isfinite(values_of_leaf).all()):
             raise ValueError(f"{leaf.name} has elements that are not finite, expected a finite initial state")
     return values
+
+
+def _check_rows(values: list[float], times: int) -> list[float]:
+    """The first row of times, where each sample has its own and all go in the same direction."""
+    rows = [values[start : start + times] for start in range(0, len(values), times)] if times else [[]]
+    for row in rows or [[]]:
+        grids.check_times(row)
+        if times > 1 and (row[1] > row[0]) != (rows[0][1] > rows[0][0]):
+            raise ValueError(
+                f"t has a row from {rows[0][0]} to {rows[0][-1]} and one from {row[0]} to {row[-1]}, expected the same"
+                " direction in all of them"
+            )
+    return rows[0]
 
 
 def _time_grid(

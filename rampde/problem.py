@@ -21,6 +21,7 @@ from rampde.velocity import Velocity
 if TYPE_CHECKING:
     from rampde.events import EventSearch
     from rampde.observer import Observer
+    from rampde.per_sample import BatchStep
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class Problem:
         observer: is told of the steps; None where nobody listens.
         stats: counts what the solve costs, where that is asked for.
         step_times: step sizes and stage times, once the solve has begun.
+        batch_steps: the steps that were taken, where each sample has its own.
         first: the evaluation at the start, done before the solve as it shows what f returns and captures; None
             where there are no steps.
         random: state of the random number generators before ``first``; None when f draws no random numbers.
@@ -85,6 +87,7 @@ class Problem:
     observer: Observer | None = None
     stats: SolveStats | None = None
     step_times: StepSequence | None = None
+    batch_steps: list[BatchStep] | None = None
     first: Stage | None = None
     random: RandomState | None = None
     time_needs_grad: bool = False
@@ -101,11 +104,20 @@ class Problem:
         """Whether there is nothing to integrate: no time but the first, and no event to look for."""
         return len(self.output_times) == 1
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether each sample of the batch has its own steps."""
+        return isinstance(self.control, AdaptiveOptions) and self.control.batch_axis is not None
+
     def first_time(self) -> Tensor:
         """The initial time as f receives it."""
+        if self.per_sample:
+            shape = self.velocity.spec.leaves[0].shape
+            start = self.grid.points[..., 0].expand(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+            return start.to(self.velocity.spec.time_dtype)
         if self.step_times is not None:
             return self.step_times[0][1][0]
-        return self.grid.points[0].detach().to(self.velocity.spec.time_dtype)
+        return self.grid.points[0].to(self.velocity.spec.time_dtype)
 
     def event_at(self, index: int) -> bool:
         """Whether the output is that of an event, whose time is not one that the user gave."""

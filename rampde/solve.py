@@ -16,6 +16,8 @@ from rampde.captures import Captures, hooks_muted, record
 from rampde.checkpoint import Checkpoints, new_checkpoints
 from rampde.forward import integrate
 from rampde.grid import StepTimes, stage_times
+from rampde.per_sample import integrate_per_sample
+from rampde.per_sample_adjoint import PerSampleSweep
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState, preserved
 from rampde.tape import Gate, integrate_taped
@@ -38,7 +40,7 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
         x = [leaf.detach().to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
     if problem.is_empty:
         return [leaf[None].to(dtype) for leaf, dtype in zip(y0, problem.output_dtypes, strict=True)]
-    time = problem.first_time()
+    time = problem.first_time().detach()
     if not torch.is_grad_enabled():
         problem.first = Stage(time, x, velocity.evaluate_first(time, x))
         return _integrate(problem, y0, None)
@@ -62,6 +64,10 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
             return _integrate(problem, y0, None)
     after = RandomState.current(velocity.spec.device)
     problem.random = None if before.equals(after) else before
+    if problem.per_sample and problem.random is not None:
+        raise RuntimeError(
+            "func draws random numbers, which cannot be replayed with options['batch_axis']; use checkpoint=\"tape\""
+        )
     outputs = _AdjointSolve.apply(  # type: ignore[no-untyped-call]
         problem, captures.observed, points, *y0, *captures.tensors
     )
@@ -77,6 +83,8 @@ def solve(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
 def _integrate(problem: Problem, y0: Sequence[Tensor], checkpoints: Checkpoints | None) -> list[Tensor]:
     """The road out, on a grid or with steps that are decided on the way."""
     y0 = [leaf.detach() for leaf in y0]
+    if problem.per_sample:
+        return integrate_per_sample(problem, y0, checkpoints)
     if problem.closed is not None:
         return integrate_adaptive(problem, y0, checkpoints)
     assert isinstance(problem.step_times, StepTimes)
@@ -113,11 +121,14 @@ def _solve_taped(problem: Problem, y0: list[Tensor], points: Tensor) -> list[Ten
         return [leaf[None].to(dtype) for leaf, dtype in zip(y0, problem.output_dtypes, strict=True)]
     velocity = problem.velocity
     if problem.closed is not None:
-        time = points[0].to(velocity.spec.time_dtype)
+        time = problem.first_time()
     else:
         time = stage_times(points[:2], problem.tableau.nodes[:1], velocity.spec.time_dtype, problem.perturb)[1][0, 0]
     x = [leaf.to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
     first = Stage(time, x, velocity.evaluate_first(time, x))
+    if problem.per_sample:
+        problem.first = first
+        return integrate_per_sample(problem, y0, None)
     if problem.closed is not None:
         problem.first = first
         return integrate_adaptive_taped(problem, y0)
@@ -173,7 +184,8 @@ class _AdjointSolve(torch.autograd.Function):
             ctx.checkpoints.restore(saved[ctx.observed :])
             # a sweep that may have to resume needs its graphs twice
             keep = retain_graph or (problem.checkpoint == "none" and problem.scaler is not None)
-            sweep = Sweep(problem, points, ctx.checkpoints, captures, cotangents, keep)
+            kind = PerSampleSweep if problem.per_sample else Sweep
+            sweep = kind(problem, points, ctx.checkpoints, captures, cotangents, keep)
             try:
                 gradients, points_gradient, totals = sweep.run(y0)
             finally:
@@ -198,6 +210,8 @@ def _differentiable_backward(
     cotangents: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:
     """The gradients with their own graph (``create_graph=True``): the solve is repeated on the tape."""
+    if problem.per_sample:
+        raise RuntimeError("second derivatives of a solve with options['batch_axis'] need checkpoint=\"tape\"")
     if problem.random is not None:
         if problem.closed is not None:
             raise RuntimeError(

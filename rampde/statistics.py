@@ -19,6 +19,8 @@ class SolveStats:
         starts, step_sizes, error_ratios: start, signed size, and error in units of the tolerance of each accepted
             step; the error is 0 where steps are fixed.
         rejected_starts, rejected_sizes, rejected_ratios: the same of the rejected ones.
+        accepted_of_sample, rejected_of_sample: numbers of steps where each sample has its own; nothing else is known of
+            such steps.
         scale_history: changes of the scale of the adjoint, pairs (kind, scale) as of ``DynamicScaler``.
     """
 
@@ -32,17 +34,19 @@ class SolveStats:
     rejected_sizes: list[float] = field(default_factory=list)
     rejected_ratios: list[float] = field(default_factory=list)
     scale_history: list[tuple[str, float]] = field(default_factory=list)
+    accepted_of_sample: list[int] = field(default_factory=list)
+    rejected_of_sample: list[int] = field(default_factory=list)
     _in_backward: bool = field(default=False, repr=False)
 
     @property
     def accepted(self) -> int:
-        """Number of accepted steps."""
-        return len(self.step_sizes)
+        """Number of accepted steps, of all samples where each has its own."""
+        return len(self.step_sizes) + sum(self.accepted_of_sample)
 
     @property
     def rejected(self) -> int:
-        """Number of rejected steps."""
-        return len(self.rejected_sizes)
+        """Number of rejected steps, likewise."""
+        return len(self.rejected_sizes) + sum(self.rejected_of_sample)
 
     def note_evaluation(self) -> None:
         if self._in_backward:
