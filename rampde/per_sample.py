@@ -293,7 +293,7 @@ class _Batch:
 
     def _magnitude(self, leaf: int, y: Tensor) -> Tensor:
         if self.problem.velocity.spec.leaves[leaf].dtype.is_complex:
-            return torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+            return torch.linalg.vector_norm(y, dim=-1, keepdim=True)  # type: ignore[no-any-return]
         return y.abs()
 
     def _allowed(self, leaf: int, magnitude: Tensor) -> Tensor:

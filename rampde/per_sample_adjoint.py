@@ -155,7 +155,7 @@ class PerSampleSweep(Sweep):
         step: BatchStep,
         graphs: list[Stage],
         bases: list[dict[int, Tensor]],
-        swept: Sequence[object],
+        swept: Sequence[StageCotangent],
         scale: Tensor,
     ) -> tuple[list[list[Tensor | None]], Gradients, list[Tensor], bool]:
         """The vector-Jacobian products of all stages, times ``scale``; and whether they are finite."""
