@@ -124,12 +124,18 @@ void read_terms(Terms& terms, const Argument& argument, const TensorList& tensor
   }
 }
 
-inline void read_terms(Terms& terms, const Argument& argument, const TensorList& tensors,
-                       const char* coefficients_name, const std::vector<double>& coefficients,
-                       const char* state_name, const Tensor& state) {
+inline void check_coefficients(const Argument& argument, const TensorList& tensors,
+                               const char* coefficients_name,
+                               const std::vector<double>& coefficients) {
   check(tensors.size() == coefficients.size(), argument, " has ", tensors.size(), " tensors, but ",
         coefficients_name, " has ", coefficients.size(),
         " coefficients, expected as many of one as of the other");
+}
+
+inline void read_terms(Terms& terms, const Argument& argument, const TensorList& tensors,
+                       const char* coefficients_name, const std::vector<double>& coefficients,
+                       const char* state_name, const Tensor& state) {
+  check_coefficients(argument, tensors, coefficients_name, coefficients);
   read_terms(terms, argument, tensors, state_name, state,
              [&](size_t j) { return coefficients[j]; });
 }

@@ -72,7 +72,14 @@ class Tensor {
     return pointer;
   }
   // uninitialised, with the shape, strides and device of this one
-  Tensor empty_like(int32_t dtype_number) const { return empty(strides_, dtype_number); }
+  Tensor empty_like(int32_t dtype_number) const {
+    return empty(dim_, sizes_, strides_, dtype_number);
+  }
+  // uninitialised, in row-major order, on the device of this one
+  Tensor empty_matrix(int64_t rows, int64_t columns, int32_t dtype_number) const {
+    const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+    return empty(2, sizes, strides, dtype_number);
+  }
   // a copy in row-major order
   Tensor contiguous() const {
     std::vector<int64_t> strides(dim_);
@@ -81,7 +88,7 @@ class Tensor {
       strides[i] = stride;
       stride *= sizes_[i];
     }
-    Tensor copy = empty(strides.data(), dtype_number_);
+    Tensor copy = empty(dim_, sizes_, strides.data(), dtype_number_);
     copy.copy_from(*this);
     return copy;
   }
@@ -90,10 +97,11 @@ class Tensor {
   }
 
  private:
-  Tensor empty(const int64_t* strides, int32_t dtype_number) const {
+  Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides,
+               int32_t dtype_number) const {
     const auto [type, index] = device();
     AtenTensorHandle created;
-    check_shim(aoti_torch_empty_strided(dim_, sizes_, strides, dtype_number, type, index, &created),
+    check_shim(aoti_torch_empty_strided(dim, sizes, strides, dtype_number, type, index, &created),
                "allocate a tensor");
     return Tensor(created);
   }
@@ -136,15 +144,19 @@ inline bool same_layout(const Tensor& x, const Tensor& y) {
   return true;
 }
 
-// whether the elements fill one stretch of memory without gap or overlap, in whichever order
-inline bool is_dense(const Tensor& x) {
+// whether the elements fill one stretch of memory in row-major order
+inline bool is_contiguous(const Tensor& x) {
   int64_t filled = 1;
   int64_t i = x.dim() - 1;
   while (i >= 0 && (x.size(i) == 1 || x.stride(i) == filled)) filled *= x.size(i--);
-  if (i < 0) return true;  // contiguous, the usual case
+  return i < 0 || x.numel() == 0;
+}
+
+// whether the elements fill one stretch of memory without gap or overlap, in whichever order
+inline bool is_dense(const Tensor& x) {
+  if (is_contiguous(x)) return true;  // the usual case
   const int64_t count = x.numel();
-  if (count == 0) return true;
-  filled = 1;
+  int64_t filled = 1;
   while (filled < count) {
     // the next dimension steps over all elements filled so far
     int64_t next = 0;

@@ -11,10 +11,11 @@ if not __name__.startswith("rampde."):
         f"imported as {__name__!r}: install rampde (`pip install -e .`) and import rampde.kernels instead"
     )
 
+from rampde.kernels.rk_error import rk_error
 from rampde.kernels.rk_stage import rk_stage
 from rampde.kernels.rk_update import rk_update
 
-OPERATORS = {"rk_stage": rk_stage, "rk_update": rk_update}
+OPERATORS = {"rk_stage": rk_stage, "rk_update": rk_update, "rk_error": rk_error}
 """Name of an operator to its launcher."""
 
-__all__ = ["OPERATORS", "rk_stage", "rk_update"]
+__all__ = ["OPERATORS", "rk_error", "rk_stage", "rk_update"]

@@ -19,6 +19,26 @@ def add_weighted(total, term_ptrs, h_ptr, coefficients: tl.constexpr, offsets, m
 
 
 @triton.jit
+def two_sum(base, increment):  # [BLOCK]
+    """The sum and its rounding error, which together are exact."""
+    # sums alone, so there is no product to contract into an fma, and nothing here may be reassociated
+    total = base + increment
+    shifted = total - base
+    return total, (base - (total - shifted)) + (increment - shifted)
+
+
+@triton.jit
+def reciprocal(x):  # [BLOCK]
+    """``1 / x``, to nearest even."""
+    one = tl.full((), 1.0, x.dtype)
+    # in float32 the plain division is an approximation
+    if x.dtype == tl.float64:
+        return one / x
+    else:
+        return tl.div_rn(one, x)
+
+
+@triton.jit
 def rounded(value, dtype: tl.constexpr):  # [BLOCK]
     """``value`` in ``dtype``, to nearest even."""
     # float64 reaches 16 bits through float32, as it does in pytorch

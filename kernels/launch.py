@@ -27,12 +27,13 @@ _ON_CURRENT_DEVICE: AbstractContextManager[None] = nullcontext()
 
 
 class Launcher:
-    """Launches ``kernel(y, terms, *outputs, *cells, *integers, numel, coefficients, accumulation, BLOCK)``.
+    """Launches ``kernel(y, terms, *outputs, *cells, *numbers, numel, coefficients, accumulation, *shape, BLOCK)``.
 
     Triton's own path examines every argument at every call; remembering the compiled kernel under a key of
     our own halves the host time of a launch. ``cells`` are 0-dim tensors, absent ones None. The kernel must
-    specialise neither on them nor on integers: a step size that is a view into a grid of them is aligned to
-    8 bytes only, and the number of the step changes at every call.
+    specialise neither on them nor on numbers: a step size that is a view into a grid of them is aligned to
+    8 bytes only, and the number of the step changes at every call. ``shape`` is compiled in, with as many
+    ``programs`` as cover it; without, a program covers a block of ``y``.
     """
 
     def __init__(self, kernel: triton.JITFunction) -> None:
@@ -45,15 +46,17 @@ class Launcher:
         terms: tuple[Tensor, ...],
         outputs: tuple[Tensor | None, ...],
         cells: tuple[Tensor | None, ...],
-        integers: tuple[int, ...],
+        numbers: tuple[float, ...],
         coefficients: tuple[float, ...],
         accumulation: tl.dtype,
+        shape: tuple[int | None, ...] = (),
+        programs: int | None = None,
     ) -> None:
         numel = y.numel()
-        grid = (-(-numel // BLOCK), 1, 1)
-        arguments = (y, terms, *outputs, *cells, *integers, numel, coefficients, accumulation, BLOCK)
+        grid = (-(-numel // BLOCK) if programs is None else programs, 1, 1)
+        arguments = (y, terms, *outputs, *cells, *numbers, numel, coefficients, accumulation, *shape, BLOCK)
         addresses = y.data_ptr()
-        key: list[Any] = [y.get_device(), coefficients, y.dtype]
+        key: list[Any] = [y.get_device(), coefficients, y.dtype, shape]
         for tensor in terms + outputs:
             if tensor is None:
                 key.append(None)

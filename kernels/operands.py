@@ -58,6 +58,26 @@ def used_terms(
     return tuple(used), tuple([coefficient for coefficient in coefficients if coefficient != 0.0])
 
 
+def used_pairs(
+    op: str, name: str, y: Tensor, terms: Sequence[Tensor], b: Sequence[float], e: Sequence[float]
+) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+    """As :func:`used_terms` for terms with two coefficients each; returns all of ``b``, then all of ``e``."""
+    if len(b) != len(e):
+        raise ValueError(f"{op}: b has {len(b)} coefficients and e {len(e)}, expected as many of one as of the other")
+    either = [one or other for one, other in zip(b, e, strict=True)]
+    used, _ = used_terms(op, name, y, terms, either)
+    return used, tuple([c for kind in (b, e) for c, read in zip(kind, either, strict=True) if read])
+
+
+def check_rows(op: str, y: Tensor, rows: int) -> None:
+    """1, or the size of a contiguous ``y`` along dimension 0."""
+    slices = y.shape[0] if y.dim() else 1
+    if rows not in (1, slices):
+        raise ValueError(f"{op}: rows is {rows}, expected 1 or the size of y along dimension 0, {slices}")
+    if rows != 1 and not y.is_contiguous():
+        raise ValueError(f"{op}: y has strides {y.stride()}, expected it contiguous for rows other than 1")
+
+
 def check_output(op: str, name: str, y: Tensor, output: Tensor) -> None:
     """A tensor that the kernel writes: as ``y``, also in its layout, in any supported dtype."""
     if output.shape != y.shape or output.dtype not in ACCUMULATION or output.device != y.device:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rampde.kernels import operands
-from rampde.kernels.elementwise import add_weighted, rounded
+from rampde.kernels.elementwise import add_weighted, rounded, two_sum
 from rampde.kernels.launch import Launcher
 
 
@@ -46,10 +46,7 @@ def _update_block(
     else:
         increment = tl.load(compensation_ptr + offsets, mask=mask).to(accumulation)
         increment = add_weighted(increment, k_ptrs, h_ptr, coefficients, offsets, mask)
-        # sums alone, so there is no product to contract into an fma, and nothing here may be reassociated
-        total = base + increment
-        shifted = total - base
-        lost = (base - (total - shifted)) + (increment - shifted)
+        total, lost = two_sum(base, increment)
         tl.store(compensation_ptr + offsets, rounded(lost, compensation_ptr.dtype.element_ty), mask=mask)
     stored = rounded(total, next_ptr.dtype.element_ty)
     tl.store(next_ptr + offsets, stored, mask=mask)

@@ -47,9 +47,9 @@ def _combine(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -
     return total
 
 
-def _wide(scalar: Tensor) -> Tensor:
-    """A 0-dim tensor in float64, in which weights are formed, where the device has it."""
-    return scalar if scalar.device.type == "mps" else scalar.double()
+def _wide(x: Tensor) -> Tensor:
+    """In float64, in which weights are formed, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def _weights(h: Tensor, coefficients: Sequence[float]) -> list[Tensor]:
@@ -66,6 +66,20 @@ def rk_stage(y: Tensor, k: Sequence[Tensor], h: Tensor, a: Sequence[float], dtyp
     """Input of a Runge-Kutta stage: ``X_i = round(y + h * sum_j a_ij k_j)`` in ``dtype``."""
     k, a = _used(k, a)
     return _combine(y, k, _weights(h, a)).to(dtype)
+
+
+def _step(y: Tensor, k: Sequence[Tensor], h: Tensor, b: Sequence[float], compensation: Tensor | None) -> Tensor:
+    """``y + h * sum_i b_i k_i``, not rounded; ``compensation`` as :func:`rk_update` says."""
+    k, b = _used(k, b)
+    weights = _weights(h, b)
+    if compensation is None:
+        return _combine(y, k, weights)
+    increment = _combine(compensation, k, weights)
+    base = y.to(increment.dtype)
+    total = base + increment
+    shifted = total - base
+    compensation.copy_((base - (total - shifted)) + (increment - shifted))
+    return total
 
 
 def rk_update(
@@ -86,22 +100,55 @@ def rk_update(
     4.2.2, theorem B). ``overflow_step``, a 0-dim int64, becomes ``min(overflow_step, step)`` when any element
     of ``y_next``, or of ``checkpoint``, is not finite.
     """
-    k, b = _used(k, b)
-    weights = _weights(h, b)
-    if compensation is None:
-        total = _combine(y, k, weights)
-    else:
-        increment = _combine(compensation, k, weights)
-        base = y.to(increment.dtype)
-        total = base + increment
-        shifted = total - base
-        compensation.copy_((base - (total - shifted)) + (increment - shifted))
+    total = _step(y, k, h, b, compensation)
     y_next.copy_(total)
     if checkpoint is not None:
         checkpoint.copy_(total)
     if overflow_step is not None:
         finite = torch.isfinite(y_next if checkpoint is None else checkpoint).all()
         overflow_step.copy_(torch.where(finite, overflow_step, overflow_step.clamp(max=step)))
+
+
+def rk_error(
+    y: Tensor,
+    k: Sequence[Tensor],
+    h: Tensor,
+    b: Sequence[float],
+    e: Sequence[float],
+    rtol: float,
+    atol: float,
+    roundoff: float,
+    rows: int = 1,
+    y_next: Tensor | None = None,
+    checkpoint: Tensor | None = None,
+    compensation: Tensor | None = None,
+) -> Tensor:
+    """End of an attempted step: ``y_next`` and the others as in :func:`rk_update`, and the size of its error.
+
+    With ``error = h * sum_i e_i k_i`` and ``tolerance = atol + rtol * max(|y|, |y_next|)``, returns float64 sums
+    of shape (rows, 2), a row for all of ``y`` or for each of its slices along dimension 0: the sum of
+    ``(error / tolerance)^2``, and what velocities rounded to a relative ``roundoff`` have in it, the sum of
+    ``roundoff^2 * sum_i (h e_i k_i / tolerance)^2``. The first is infinite, never NaN, when ``y_next`` or the error
+    is not finite; an element that would not be finite adds nothing to the second.
+    """
+    total = _step(y, k, h, b, compensation)
+    # the smallest normal number makes every weight finite, and 0 of 0 / 0
+    smallest = torch.finfo(total.dtype).tiny
+    weight = 1 / (rtol * torch.maximum(y.to(total.dtype).abs(), total.abs()) + (atol + smallest))
+    # zero, or nan where the step is not finite
+    ratio, share = total - total, torch.zeros_like(total)
+    k, e = _used(k, e)
+    for term, factor in zip(k, _weights(h, e), strict=True):
+        part = term.to(total.dtype) * factor.to(total.dtype) * weight
+        ratio.add_(part)
+        share.add_(part.square())
+    if y_next is not None:
+        y_next.copy_(total)
+    if checkpoint is not None:
+        checkpoint.copy_(total)
+    squares = _wide(ratio).square().nan_to_num(torch.inf, torch.inf)
+    parts = _wide(share).nan_to_num(0.0, 0.0) * roundoff**2
+    return torch.stack([x.reshape(rows, y.numel() // max(rows, 1)).sum(1) for x in (squares, parts)], 1)
 
 
 def adjoint_stage(

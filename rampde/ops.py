@@ -21,6 +21,10 @@ SCHEMAS = {
         "(Tensor y, Tensor[] k, Tensor h, float[] b, Tensor(a!) y_next, Tensor(b!)? checkpoint=None,"
         " Tensor(c!)? compensation=None, Tensor(d!)? overflow_step=None, int step=0) -> ()"
     ),
+    "rk_error": (
+        "(Tensor y, Tensor[] k, Tensor h, float[] b, float[] e, float rtol, float atol, float roundoff, int rows=1,"
+        " Tensor(a!)? y_next=None, Tensor(b!)? checkpoint=None, Tensor(c!)? compensation=None) -> Tensor"
+    ),
     "adjoint_stage": (
         "(Tensor adjoint, Tensor[] vjps, Tensor h, float b, float[] a, ScalarType dtype,"
         " Tensor? scale_state=None) -> Tensor"
@@ -56,6 +60,7 @@ if _triton is not None and _triton.origin is not None:
 # bound once: resolving torch.ops.rampde.<name> at every call costs a quarter of the call
 rk_stage = torch.ops.rampde.rk_stage.default
 rk_update = torch.ops.rampde.rk_update.default
+rk_error = torch.ops.rampde.rk_error.default
 adjoint_stage = torch.ops.rampde.adjoint_stage.default
 adjoint_update = torch.ops.rampde.adjoint_update.default
 update_scale = torch.ops.rampde.update_scale.default

@@ -22,6 +22,7 @@ for state in DTYPES:
         compensation, total, scaling = random((size,), torch.float32), y.clone(), scale_state("cpu")
         outputs = [ops.rk_stage(y, k, h, b, result) for result in DTYPES]
         outputs += [ops.adjoint_stage(y, k, h, 0.3, b, result, scaling) for result in DTYPES]
+        outputs += [ops.rk_error(y, k, h, b, b[::-1], 1e-3, 1e-5, 0.01, rows) for rows in (1, size)]
         ops.rk_update(y, k, h, b, total, None, compensation)
         outputs += [total, compensation]
         ops.adjoint_update(y, k, h, k[0], total, scaling)

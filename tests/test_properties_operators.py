@@ -123,6 +123,24 @@ def test_rk_update(case: dict[str, Any], checkpoint: bool, compensated: bool, in
             assert same_strides(found, expected)
 
 
+@checked
+@given(sums(), st.data())
+def test_rk_error(case: dict[str, Any], data: st.DataObject) -> None:
+    """The step as rk_update's, to the bit; the sums as the oracle's, but for the order of terms of one sign."""
+    y = case["base"]
+    e = data.draw(st.lists(COEFFICIENTS, min_size=len(case["terms"]), max_size=len(case["terms"])))
+    by_row = y.dim() > 0 and y.is_contiguous() and data.draw(st.booleans())
+    rows = len(y) if by_row else 1
+    rtol, atol = data.draw(st.sampled_from([0.0, 1e-6, 1e-2])), data.draw(st.sampled_from([0.0, 1e-9, 1e-3]))
+    stepped, updated = torch.empty_like(y), torch.empty_like(y)
+    arguments = (case["terms"], case["h"], case["weights"], e, rtol, atol, 2.0**-8, rows)
+    found, expected = ops.rk_error(y, *arguments, stepped), eager.rk_error(y, *arguments, torch.empty_like(y))
+    ops.rk_update(y, case["terms"], case["h"], case["weights"], updated)
+    assert torch.equal(stepped, updated)
+    allowed = y.numel() * torch.finfo(torch.float64).eps * expected
+    assert_close(found.nan_to_num(posinf=1e300), expected.nan_to_num(posinf=1e300), allowed.nan_to_num(posinf=1e300))
+
+
 def scale_states() -> st.SearchStrategy[Tensor]:
     """Scale states as sweeps meet them: a power of two, running or after an overflow."""
 

@@ -21,6 +21,17 @@ struct SumKernels {
   void (*store[4])(void* x, const Accumulator* sums, int64_t count);
   // base[i] + increment[i] = exactly base[i] + increment[i] before: the sum and its rounding error
   void (*two_sum)(Accumulator* base, Accumulator* increment, int64_t count);
+  // y[i] = 1 / (atol + rtol * max(|y[i]|, |next[i]|)), the weight of an error, and the ratios
+  // start: zero, or NaN where next[i] is not finite
+  void (*weigh)(Accumulator* y, Accumulator* ratios, const Accumulator* next, Accumulator rtol,
+                Accumulator atol, int64_t count);
+  // with part = factor * x[i] * weights[i]: ratios[i] += part and shares[i] += part^2
+  void (*add_error[4])(Accumulator* ratios, Accumulator* shares, const Accumulator* weights,
+                       const void* x, Accumulator factor, int64_t count);
+  // squares[i] = x[i]^2, which has no room in a float
+  void (*square)(double* squares, const Accumulator* x, int64_t count);
+  // finite[i] = x[i] where that is finite, else 0
+  void (*load_finite)(double* finite, const Accumulator* x, int64_t count);
 };
 
 struct Kernels {
@@ -28,6 +39,9 @@ struct Kernels {
   SumKernels<double> in_double;
   // max |x[i]| as the bits of its dtype, in whose order NaN is above infinity
   uint64_t (*largest[4])(const void* x, int64_t count);
+  // sums[2 * r] = the sum over row r of x, of shape [rows, length], in one order on every
+  // processor; x is used up
+  void (*sum_rows)(double* sums, double* x, int64_t rows, int64_t length);
 };
 
 extern const Kernels kBaselineKernels;

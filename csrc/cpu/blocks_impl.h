@@ -165,6 +165,86 @@ void two_sum(Accumulator* __restrict base, Accumulator* __restrict increment, in
   }
 }
 
+inline float magnitude(float x) { return __builtin_fabsf(x); }
+inline double magnitude(double x) { return __builtin_fabs(x); }
+
+template <class Accumulator>
+void weigh(Accumulator* __restrict y, Accumulator* __restrict ratios,
+           const Accumulator* __restrict next, Accumulator rtol, Accumulator atol, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Accumulator before = magnitude(y[i]), after = magnitude(next[i]);
+    y[i] = 1 / (atol + rtol * (before > after ? before : after));
+    ratios[i] = next[i] - next[i];
+  }
+}
+
+template <class Accumulator, class T>
+void add_error(Accumulator* __restrict ratios, Accumulator* __restrict shares,
+               const Accumulator* __restrict weights, const void* source, Accumulator factor,
+               int64_t count) {
+  const T* __restrict x = static_cast<const T*>(source);
+  for (int64_t i = 0; i < count; ++i) {
+    const Accumulator part = factor * static_cast<Accumulator>(widen(x[i])) * weights[i];
+    ratios[i] += part;
+    shares[i] += part * part;
+  }
+}
+
+#ifdef RAMPDE_F16C
+template <>
+void add_error<float, Half>(float* __restrict ratios, float* __restrict shares,
+                            const float* __restrict weights, const void* x, float factor,
+                            int64_t count) {
+  float widened[kBlock];
+  widen_halves(widened, static_cast<const Half*>(x), count);
+  add_error<float, float>(ratios, shares, weights, widened, factor, count);
+}
+
+template <>
+void add_error<double, Half>(double* __restrict ratios, double* __restrict shares,
+                             const double* __restrict weights, const void* x, double factor,
+                             int64_t count) {
+  float widened[kBlock];
+  widen_halves(widened, static_cast<const Half*>(x), count);
+  add_error<double, float>(ratios, shares, weights, widened, factor, count);
+}
+#endif
+
+template <class Accumulator>
+void square(double* __restrict squares, const Accumulator* __restrict x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    squares[i] = static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  }
+}
+
+// without a branch, as `select`
+inline float keep_if(bool condition, float x) {
+  return bits_as<float>(bits_as<uint32_t>(x) & (0 - static_cast<uint32_t>(condition)));
+}
+inline double keep_if(bool condition, double x) {
+  return bits_as<double>(bits_as<uint64_t>(x) & (0 - static_cast<uint64_t>(condition)));
+}
+
+template <class Accumulator>
+void load_finite(double* __restrict finite, const Accumulator* __restrict x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    finite[i] = static_cast<double>(keep_if(x[i] - x[i] == 0, x[i]));
+  }
+}
+
+void sum_rows(double* sums, double* x, int64_t rows, int64_t length) {
+  for (int64_t row = 0; row < rows; ++row, x += length) {
+    double* __restrict lower = x;
+    for (int64_t left = length; left > 1;) {
+      const int64_t half = (left + 1) / 2;
+      const double* __restrict upper = x + half;
+      for (int64_t i = 0; i < left - half; ++i) lower[i] += upper[i];
+      left = half;
+    }
+    sums[2 * row] = lower[0];
+  }
+}
+
 template <class Bits>
 uint64_t largest(const void* source, int64_t count) {
   const Bits* x = static_cast<const Bits*>(source);
@@ -184,13 +264,18 @@ constexpr SumKernels<Accumulator> sum_kernels() {
       {load<A, double>, load<A, float>, load<A, Half>, load<A, BFloat16>},
       {add_scaled<A, double>, add_scaled<A, float>, add_scaled<A, Half>, add_scaled<A, BFloat16>},
       {store<A, double>, store<A, float>, store<A, Half>, store<A, BFloat16>},
-      two_sum<A>};
+      two_sum<A>,
+      weigh<A>,
+      {add_error<A, double>, add_error<A, float>, add_error<A, Half>, add_error<A, BFloat16>},
+      square<A>,
+      load_finite<A>};
 }
 
 constexpr Kernels all_kernels() {
   return {sum_kernels<float>(),
           sum_kernels<double>(),
-          {largest<uint64_t>, largest<uint32_t>, largest<uint16_t>, largest<uint16_t>}};
+          {largest<uint64_t>, largest<uint32_t>, largest<uint16_t>, largest<uint16_t>},
+          sum_rows};
 }
 
 }  // namespace

@@ -12,23 +12,26 @@ namespace rampde::cpu {
 // elements below which a second thread costs more than it saves, as in ATen's own loops
 inline constexpr int64_t kGrain = 32768;
 
+// Calls `body(piece)` for all pieces, of about kBlock elements each, in any order and on any
+// thread.
+template <class Body>
+void for_each_piece(int64_t pieces, const Body& body) {
+  constexpr int64_t grain = kGrain / kBlock;
+  const auto range = [](int64_t first, int64_t last, void* context) {
+    for (int64_t piece = first; piece < last; ++piece) (*static_cast<const Body*>(context))(piece);
+  };
+  void* context = const_cast<Body*>(&body);
+  if (pieces <= grain) return range(0, pieces, context);
+  check_shim(torch_parallel_for(0, pieces, grain, range, context), "run a loop in parallel");
+}
+
 // Calls `body(begin, count)` for all blocks of `numel` elements, in any order and on any thread.
 template <class Body>
 void for_each_block(int64_t numel, const Body& body) {
-  const auto range = [&](int64_t first, int64_t last) {
-    for (int64_t begin = first; begin < last; begin += kBlock) {
-      body(begin, begin + kBlock < last ? kBlock : last - begin);
-    }
-  };
-  if (numel <= kGrain) return range(0, numel);
-  const auto blocks = [](int64_t first, int64_t last, void* context) {
-    const auto& [run, end] = *static_cast<std::pair<decltype(range), int64_t>*>(context);
-    run(first * kBlock, last * kBlock < end ? last * kBlock : end);
-  };
-  std::pair<decltype(range), int64_t> context{range, numel};
-  check_shim(
-      torch_parallel_for(0, (numel + kBlock - 1) / kBlock, kGrain / kBlock, blocks, &context),
-      "run a loop in parallel");
+  for_each_piece((numel + kBlock - 1) / kBlock, [&](int64_t piece) {
+    const int64_t begin = piece * kBlock;
+    body(begin, begin + kBlock < numel ? kBlock : numel - begin);
+  });
 }
 
 inline const void* at(const void* data, DType dtype, int64_t index) {
@@ -79,6 +82,20 @@ void add_terms(Accumulator* sums, const Terms& terms, double factor, int64_t beg
     const Terms::Term& term = terms.term[j];
     add_scaled(sums, Operand{term.data, term.dtype}, factor * term.coefficient, begin, count);
   }
+}
+
+// `total = y + h * sum_j coefficient_j * term_j`; `lost`, where given, carries what the sum rounds
+// away
+template <class Accumulator>
+void step(Accumulator* total, const Operand& y, const Terms& terms, double h,
+          const std::optional<Output>& lost, int64_t begin, int64_t count) {
+  load(total, y, begin, count);
+  if (!lost) return add_terms(total, terms, h, begin, count);
+  Accumulator increment[kBlock];
+  load(increment, Operand{lost->data, lost->dtype}, begin, count);
+  add_terms(increment, terms, h, begin, count);
+  sum_kernels<Accumulator>().two_sum(total, increment, count);
+  store(*lost, increment, begin, count);
 }
 
 inline double read_scalar(const Operand& x) {

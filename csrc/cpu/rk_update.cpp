@@ -33,17 +33,7 @@ void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std:
   with_accumulator(error ? error->dtype : state_dtype, [&]<class Accumulator>() {
     for_each_block(y.numel(), [&](int64_t begin, int64_t count) {
       Accumulator sums[kBlock];
-      if (error) {
-        Accumulator increment[kBlock];
-        load(sums, base, begin, count);
-        load(increment, Operand{error->data, error->dtype}, begin, count);
-        add_terms(increment, terms, step_size, begin, count);
-        sum_kernels<Accumulator>().two_sum(sums, increment, count);
-        store(*error, increment, begin, count);
-      } else {
-        load(sums, base, begin, count);
-        add_terms(sums, terms, step_size, begin, count);
-      }
+      cpu::step(sums, base, terms, step_size, error, begin, count);
       store(next, sums, begin, count);
       if (saved) store(*saved, sums, begin, count);
       if (overflow_step && !all_finite(at(checked, begin), checked.dtype, count)) {

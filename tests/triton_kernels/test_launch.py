@@ -16,10 +16,13 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from rampde.kernels import rk_stage, rk_update
+from rampde.kernels import rk_error, rk_stage, rk_update
 from rampde.kernels.launch import BLOCK, Launcher
+from rampde.kernels.rk_error import rk_error_kernel
 from rampde.kernels.rk_stage import rk_stage_kernel
 from rampde.kernels.rk_update import rk_update_kernel
+
+KERNELS = {rk_stage: rk_stage_kernel, rk_update: rk_update_kernel, rk_error: rk_error_kernel}
 
 
 class StandInDriver:
@@ -61,19 +64,24 @@ def compilations(kernel: Any) -> int:
     return sum(len(caches[0]) for caches in kernel.device_caches.values())
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers without memory."""
+    for function, kernel in KERNELS.items():
+        # the functions' own globals: their modules' names are taken by them in the package
+        monkeypatch.setitem(function.__globals__, "_launch", Launcher(kernel))
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInDriver]:
     stand_in = StandInDriver()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    # the functions' own globals: their modules' names are taken by them in the package
-    monkeypatch.setitem(rk_stage.__globals__, "_launch", Launcher(rk_stage_kernel))
-    monkeypatch.setitem(rk_update.__globals__, "_launch", Launcher(rk_update_kernel))
-    for kernel in (rk_stage_kernel, rk_update_kernel):
+    forget(monkeypatch)
+    for kernel in KERNELS.values():
         kernel.device_caches.clear()
     triton.runtime.driver.set_active(stand_in)
     yield stand_in
     monkeypatch.undo()
-    for kernel in (rk_stage_kernel, rk_update_kernel):
+    for kernel in KERNELS.values():
         kernel.device_caches.clear()
     # what was compiled here is unloaded here
     gc.collect()
@@ -88,15 +96,45 @@ def test_steps_and_sizes_share_one_compilation(driver: StandInDriver, monkeypatc
         y, y_next = torch.empty(size), torch.empty(size)
         k = [torch.empty(size, dtype=torch.float16) for _ in range(2)]
         # without the memory of the launchers, which relies on just that
-        monkeypatch.setitem(rk_stage.__globals__, "_launch", Launcher(rk_stage_kernel))
-        monkeypatch.setitem(rk_update.__globals__, "_launch", Launcher(rk_update_kernel))
+        forget(monkeypatch)
         # both 0-dim operands are aligned to 8 bytes at every other step
         h, overflow_step = grid[step], overflow[step % 3]
         rk_stage(y, k, h, [0.5, 0.25], torch.float16)
         rk_update(y, k, h, [0.5, 0.25], y_next, overflow_step=overflow_step, step=step)
-    assert compilations(rk_stage_kernel) == 1
-    assert compilations(rk_update_kernel) == 1
-    assert len(driver.launches) == 10
+        rk_error(y, k, h, [0.5, 0.25], [0.1, 0.0], 1e-3 * step, float(step), 0.5 * step, 1, y_next)
+    assert [compilations(kernel) for kernel in KERNELS.values()] == [1, 1, 1]
+    assert len(driver.launches) == 15
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "programs", "compiled_in"),
+    [
+        ((4099,), 1, 5, [None, BLOCK]),
+        ((4, 2500), 4, 12, [2500, BLOCK]),
+        ((100, 3, 11), 100, 7, [33, 64]),
+        ((7, 1), 7, 1, [1, 1]),
+    ],
+    ids=str,
+)
+def test_rows_are_cut_into_parts_or_bundled(
+    driver: StandInDriver, shape: tuple[int, ...], rows: int, programs: int, compiled_in: list[int | None]
+) -> None:
+    y, h = torch.empty(shape), torch.tensor(0.1, dtype=torch.float64)
+    sums = rk_error(y, [y], h, [0.5], [0.25], 1e-3, 0.25, 0.5, rows)
+    (launch,) = driver.launches
+    assert launch[:3] == (programs, 1, 1)
+    assert list(launch[-3:-1]) == compiled_in
+    assert sums.shape == (rows, 2)
+
+
+def test_other_rows_compile_anew(driver: StandInDriver) -> None:
+    h = torch.tensor(0.1, dtype=torch.float64)
+    for count, (batch, length, rows) in enumerate([(4, 8, 1), (4, 8, 4), (6, 8, 6), (4, 12, 4), (4, 12, 1)], 1):
+        y = torch.empty(batch, length)
+        for _ in range(2):
+            rk_error(y, [y], h, [0.5], [0.25], 1e-3, 0.25, 0.5, rows)
+        # the number of rows is not compiled in, their length is
+        assert compilations(rk_error_kernel) == (1, 2, 2, 3, 3)[count - 1]
 
 
 def test_a_remembered_launch_gets_the_same_arguments(driver: StandInDriver) -> None:

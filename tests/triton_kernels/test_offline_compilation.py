@@ -19,16 +19,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rampde.kernels.launch import BLOCK, OPTIONS
+from rampde.kernels.rk_error import rk_error_kernel
 from rampde.kernels.rk_stage import rk_stage_kernel
 from rampde.kernels.rk_update import rk_update_kernel
 
 CAPABILITIES = (80, 90, 100)
 THREADS = 32 * OPTIONS["num_warps"]
+NUMBERS = ("rtol", "atol", "roundoff")
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Case(NamedTuple):
-    """The dtypes of one call; None for an absent operand, and ``update`` False for a stage."""
+    """The dtypes of one call; None for an absent operand. Neither ``update`` nor ``error``: a stage."""
 
     y: str
     k: str
@@ -38,14 +40,17 @@ class Case(NamedTuple):
     checkpoint: str | None = None
     compensation: str | None = None
     overflow: bool = False
+    error: bool = False
+    length: int | None = None
 
     def __str__(self) -> str:
-        options = f"-{self.checkpoint}-{self.compensation}-{self.overflow}" if self.update else ""
-        return f"{'update' if self.update else 'stage'}-{self.y}-{self.terms}{self.k}-{self.output}{options}"
+        kind = "update" if self.update else "error" if self.error else "stage"
+        options = "" if kind == "stage" else f"-{self.checkpoint}-{self.compensation}-{self.overflow or self.length}"
+        return f"{kind}-{self.y}-{self.terms}{self.k}-{self.output}{options}"
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        return tuple((-1) ** j / (3 + j) for j in range(self.terms))
+        return tuple((-1) ** j / (3 + j) for j in range(self.terms * (2 if self.error else 1)))
 
     @property
     def loaded(self) -> list[str]:
@@ -65,6 +70,13 @@ CASES = (
     Case("fp32", "fp16", 16, "fp32", update=True, checkpoint="fp16", compensation="fp32", overflow=True),
     Case("fp32", "fp32", 4, "fp32", update=True),
     Case("fp64", "fp64", 4, "fp64", update=True, checkpoint="fp64", compensation="fp64", overflow=True),
+    Case("fp32", "bf16", 7, "fp32", error=True, checkpoint="bf16"),
+    Case("fp32", "fp16", 13, "fp32", error=True, checkpoint="fp16", compensation="fp32"),
+    Case("fp32", "fp32", 4, "fp32", error=True),
+    Case("fp64", "fp64", 7, "fp64", error=True),
+    # short rows, and long ones, whose parts are aligned
+    Case("fp32", "bf16", 7, "fp32", error=True, checkpoint="bf16", length=64),
+    Case("fp32", "bf16", 7, "fp32", error=True, length=5000),
 )
 
 
@@ -77,22 +89,27 @@ class Compiled(NamedTuple):
 
 def compile_offline(case: Case, capability: int) -> Any:
     """The kernel as a launch with 16-byte aligned operands compiles it."""
-    kernel = rk_update_kernel if case.update else rk_stage_kernel
+    kernel = rk_update_kernel if case.update else rk_error_kernel if case.error else rk_stage_kernel
     pointers: dict[str, Any] = {"y_ptr": case.y, "k_ptrs": (case.k,) * case.terms, "stage_ptr": case.output}
-    if case.update:
+    if case.update or case.error:
         del pointers["stage_ptr"]
         pointers |= {
             "next_ptr": case.output,
             "checkpoint_ptr": case.checkpoint,
             "compensation_ptr": case.compensation,
         }
+    if case.error:
+        pointers["sums_ptr"] = "fp64"
     aligned = set(pointers)
     pointers |= {"h_ptr": "fp64", "overflow_ptr": "i64" if case.overflow else None}
     constants = {
         "coefficients": case.coefficients,
         "accumulation": tl.float64 if case.y == "fp64" else tl.float32,
+        "LENGTH": case.length,
+        "WIDTH": min(BLOCK, case.length or BLOCK),
         "BLOCK": BLOCK,
     }
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for index, name in enumerate(kernel.arg_names):
@@ -103,7 +120,7 @@ def compile_offline(case: Case, capability: int) -> Any:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
         else:
-            signature[name] = "*" + pointer if pointer else "i64"
+            signature[name] = "*" + pointer if pointer else "fp64" if name in NUMBERS else "i64"
         if name in aligned and pointer is not None:
             paths = [(index, j) for j in range(case.terms)] if isinstance(pointer, tuple) else [(index,)]
             attributes |= {path: [["tt.divisibility", 16]] for path in paths}
@@ -182,13 +199,20 @@ def test_sums_are_neither_contracted_nor_reassociated(compiled: Compiled) -> Non
     case = compiled.case
     accumulated = "f64" if case.y == "fp64" else "f32"
     # one copy of the code for full blocks and one for the last; the two-sum has two sums and four differences
-    copies = 2 * BLOCK // THREADS
+    copies = (1 if case.length else 2) * BLOCK // THREADS
+    sums, differences = (2, 4) if case.compensation else (0, 0)
+    # of the error: its sum, that of the squares, the tolerance; the difference that is zero or nan
+    sums += case.terms * (3 if case.error else 1) + case.error
+    differences += case.error
     assert count(compiled.ptx, "fma", accumulated) == 0
     assert count(compiled.ptx, "mul", accumulated) >= copies * case.terms
-    assert count(compiled.ptx, "add", accumulated) == copies * (case.terms + (2 if case.compensation else 0))
-    assert count(compiled.ptx, "sub", accumulated) == copies * (4 if case.compensation else 0)
-    # ptxas 12.9 fuses the packed products of Blackwell unasked, to no harm in the two-sum, which has none
-    if compiled.capability < 100:
+    assert count(compiled.ptx, "sub", accumulated) == copies * differences
+    # a norm is summed over the block in float64
+    found = count(compiled.ptx, "add", accumulated)
+    assert found > copies * sums if case.error and case.y == "fp64" else found == copies * sums
+    # ptxas 12.9 fuses the packed products of Blackwell unasked, to no harm in the two-sum, which has none; an exact
+    # division is made of fma
+    if compiled.capability < 100 and not case.error:
         assert not re.search(r"\b[FD]FMA", cuobjdump("--dump-sass", str(compiled.cubin)))
 
 

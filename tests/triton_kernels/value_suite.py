@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rampde import eager
-from rampde.kernels import rk_stage, rk_update
+from rampde.kernels import rk_error, rk_stage, rk_update
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -234,8 +234,112 @@ def test_overflow_is_that_of_the_stored_checkpoint() -> None:
         assert overflow.item() == (5 if overflows else 9)
 
 
+def error_both(
+    y: Tensor, k: Sequence[Tensor], rows: int = 1, atol: float = 1e-5, **outputs: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums and outputs of the kernel and of the oracle; the last velocity is in the error alone."""
+    b, e = coefficients(len(k)), coefficients(len(k))[::-1]
+    if len(k) > 1:
+        b[-1] = e[1] = 0.0
+    results = []
+    for operator in (rk_error, eager.rk_error):
+        copies = {name: value.clone() for name, value in outputs.items() if value is not None}
+        sums = operator(y.clone(), list(k), step_size(), b, e, 1e-3, atol, 2.0**-8, rows, **copies)
+        results.append([sums, *copies.values()])
+    return results[0], results[1]
+
+
+def assert_same_sums(found: Tensor, expected: Tensor, terms: int) -> None:
+    """But for their order: sums of ``terms`` float64 of one sign."""
+    assert found.dtype == torch.float64
+    assert found.shape == expected.shape
+    assert bool(((found - expected).abs() <= terms * torch.finfo(torch.float64).eps * expected).all())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("y_dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_error_is_the_oracles_to_the_bit(size: int, y_dtype: torch.dtype, compensated: bool) -> None:
+    """But for the order of the sums; ``test_rk_error.py`` holds the oracle against the definition."""
+    y, k = torch.randn(size).to(y_dtype), [torch.randn(size).to(dtype) for dtype in DTYPES]
+    lost = 1e-8 * torch.randn(size, dtype=torch.float64 if y_dtype == torch.float64 else torch.float32)
+    outputs = {"y_next": torch.empty_like(y), "checkpoint": torch.empty(size, dtype=torch.float16)}
+    found, expected = error_both(y, k, compensation=lost if compensated else None, **outputs)
+    assert_same_sums(found[0], expected[0], size)
+    for mine, theirs in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 9), (4099, 1), (100, 3, 10), (3, 1024), (3, 2500)], ids=str)
+def test_error_of_rows(shape: tuple[int, ...]) -> None:
+    y, k = torch.randn(shape), [torch.randn(shape).to(dtype) for dtype in DTYPES]
+    for rows in (1, len(y)):
+        found, expected = error_both(y, k, rows, y_next=torch.empty_like(y))
+        assert_same_sums(found[0], expected[0], y.numel() // rows)
+        assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_error_of_layouts(layout: str) -> None:
+    y, k = LAYOUTS[layout](torch.randn(2, 3, 5, 7)), [torch.randn(2, 3, 5, 7, dtype=torch.float16) for _ in range(3)]
+    # a clone of a dense tensor keeps its layout
+    found, expected = error_both(y, k, y_next=torch.empty_like(y))
+    assert_same_sums(found[0], expected[0], y.numel())
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 16])
+def test_error_takes_any_number_of_terms(count: int) -> None:
+    y = torch.randn(1000)
+    found, expected = error_both(y, [torch.randn(1000, dtype=torch.float16) for _ in range(count)])
+    assert_same_sums(found[0], expected[0], 1000)
+
+
+def test_error_in_place_and_of_itself() -> None:
+    for compensated in (False, True):
+        y, other = torch.randn(4099), torch.randn(4099)
+        lost = [torch.zeros(4099) if compensated else None for _ in range(2)]
+        arguments = ([y, other], step_size(), [0.5, 0.25], [0.25, -0.5], 1e-3, 1e-5, 0.0)
+        expected = torch.empty_like(y)
+        sums = eager.rk_error(y, *arguments, 1, expected, None, lost[0])
+        assert_same_sums(rk_error(y, *arguments, 1, y, None, lost[1]), sums, 4099)
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero)")
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("operand", [0, 1, 3])
+def test_error_that_is_not_finite(operand: int, value: float) -> None:
+    operands = [torch.randn(3, 1500) for _ in range(4)]
+    operands[operand][1, 7] = value
+    for rows in (1, 3):
+        (found,), (expected,) = error_both(operands[0], operands[1:], rows)
+        assert found[:, 0].isinf().tolist() == ([True] if rows == 1 else [False, True, False])
+        finite = torch.where(expected.isinf(), 0.0, expected)
+        assert_same_sums(torch.where(expected.isinf() & found.isinf(), 0.0, found), finite, 4500)
+
+
+def test_error_without_tolerance() -> None:
+    y, k = torch.zeros(17), [torch.zeros(17), torch.zeros(17)]
+    assert error_both(y, k, atol=0.0)[0][0].tolist() == [[0.0, 0.0]]
+    k[0][3] = 1.0
+    found, expected = error_both(y, k, atol=0.0)
+    assert_same_sums(found[0], expected[0], 17)
+    assert found[0][0, 0] > 1e3
+
+
+def test_error_of_nothing() -> None:
+    y = torch.empty(0, 3)
+    assert rk_error(y, [y], step_size(), [1.0], [1.0], 1e-3, 0.0, 0.0).tolist() == [[0.0, 0.0]]
+    assert rk_error(y, [y], step_size(), [1.0], [1.0], 1e-3, 0.0, 0.0, 0).shape == (0, 2)
+
+
 def test_errors_say_what_was_found_and_expected() -> None:
     y, h = torch.randn(4, 3), step_size()
+
+    def error(y: Tensor, k: list[Tensor], b: list[float], e: list[float], *others: object) -> Tensor:
+        return rk_error(y, k, h, b, e, 1e-3, 1e-5, 0.0, *others)
+
     cases: list[tuple[str, Callable[[], object]]] = [
         (r"rk_stage: y has dtype torch.int64, expected", lambda: rk_stage(y.long(), [], h, [], torch.half)),
         (r"rk_stage: y of shape .* expected a dense", lambda: rk_stage(y[:, :2], [], h, [], torch.half)),
@@ -257,6 +361,12 @@ def test_errors_say_what_was_found_and_expected() -> None:
         (r"rk_update: y_next has strides", lambda: rk_update(y, [], h, [], torch.empty(3, 4).T)),
         (r"rk_update: checkpoint has strides", lambda: rk_update(y, [], h, [], y, torch.empty(3, 4).T)),
         (r"rk_update: compensation is .*int32", lambda: rk_update(y, [], h, [], y, None, y.int())),
+        (r"rk_error: k has 1 terms, expected 2", lambda: error(y, [y], [1.0, 2.0], [1.0, 2.0])),
+        (r"rk_error: b has 1 coefficients and e 2", lambda: error(y, [y], [1.0], [1.0, 2.0])),
+        (r"rk_error: k\[1\] is .*\(3, 4\)", lambda: error(y, [y, y.T], [1.0, 0.0], [0.0, 2.0])),
+        (r"rk_error: checkpoint has strides", lambda: error(y, [], [], [], 1, y, torch.empty(3, 4).T)),
+        (r"rk_error: rows is 3, expected 1 or .* 4", lambda: error(y, [], [], [], 3)),
+        (r"rk_error: y has strides .*contiguous", lambda: error(y.T, [], [], [], 3)),
         (r"rk_update: overflow_step is .*float32", lambda: rk_update(y, [], h, [], y, None, None, y[0, 0])),
     ]
     for message, call in cases:
