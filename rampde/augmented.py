@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,16 +17,19 @@ from torch.utils._pytree import tree_flatten
 from rampde.autocast import switched_off
 from rampde.captures import find_unknown_leaf
 from rampde.grid import time_dtype
+from rampde.observer import CALLBACKS
 from rampde.odeint import odeint
 from rampde.ops import accumulate_gradients
 from rampde.precision import accumulation_dtype
 from rampde.scaling import INCREASE_INTERVAL, DynamicScaler, power_of_two_below
 from rampde.state import State, StateSpec
+from rampde.statistics import SolveStats, stats
 from rampde.tableau import ButcherTableau
-from rampde.tolerance import read_tolerance
+from rampde.tolerance import Bound, read_tolerance
 from rampde.velocity import Velocity, vector_jacobian_product
 
-CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+# what a record of a solve says of its steps
+STEPS = ("starts", "step_sizes", "error_ratios", "rejected_starts", "rejected_sizes", "rejected_ratios")
 
 Norm = Callable[[Any], Any]
 Gradients = tuple[list[Tensor], Tensor | None, list[Tensor]]
@@ -58,19 +63,20 @@ class AugmentedProblem:
     Attributes:
         velocity: f, its precision and the structure of its state.
         parameters: the tensors to differentiate with respect to.
-        method, rtol, atol, options, compensated: of the adjoint solve.
+        method, rtol, atol, options, compensated: of the adjoint solve; tolerances by :func:`augmented_tolerance`.
         time_needs_grad: whether the output times require a gradient.
         event_time: where an event ended the solve; None where none was looked for.
         scaler: dynamic scaling of the cotangents of f; None for none.
         scaler_given: whether the caller gave the scaler, and is told by an error when it fails.
         poison: without a scaler, whether one non-finite gradient makes all of them infinite.
+        stats: what the adjoint solve costs is noted here; None where nobody asks.
     """
 
     velocity: Velocity
     parameters: Parameters
     method: str | ButcherTableau | None
-    rtol: Any
-    atol: Any
+    rtol: list[Any]
+    atol: list[Any]
     options: dict[str, Any]
     compensated: bool
     time_needs_grad: bool
@@ -78,14 +84,17 @@ class AugmentedProblem:
     scaler: DynamicScaler | None
     scaler_given: bool
     poison: bool
+    stats: SolveStats | None
 
 
 class AugmentedSystem:
     """``d/dt (a_t, y, a, a_theta) = (-a^T df/dt, f, -a^T df/dy, -a^T df/dtheta)``, as :func:`rampde.odeint` solves it.
 
-    Its state is a tuple: the time gradient, a scalar; the real leaves of y; those of a; and the gradients of all
-    parameters as one vector, where there are any. All of it is wide. y is rounded when f sees it, a when it enters
-    the product with the Jacobian, then multiplied by a power of two that keeps it in the range of float16.
+    Its state is a tuple: the time gradient, a scalar; the real leaves of y; those of a; the gradients of all parameters
+    as one vector, where there are any; and where f is known to work in 16 bits an empty tensor, whose slope has their
+    dtype: by this the step control of odeint knows what it cannot reach, though f may return 32 bits. All else is wide.
+    y is rounded when f sees it, a when it enters the product with the Jacobian, then multiplied by a power of two that
+    keeps it in the range of float16.
     """
 
     def __init__(self, problem: AugmentedProblem, parameters: Sequence[Tensor], norm: Norm) -> None:
@@ -96,13 +105,16 @@ class AugmentedSystem:
         self.shapes = [(*p.shape, 2) if p.is_complex() else tuple(p.shape) for p in parameters]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.one = torch.ones((), dtype=time_dtype(self.spec.device), device=self.spec.device)
+        autocast = self.velocity.autocast
+        dtypes = [*self.velocity.dtypes, *([autocast.dtype] if autocast.enabled else [])]
+        self.witness = next((torch.empty(0, dtype=d, device=self.spec.device) for d in dtypes if d.itemsize == 2), None)
         self.watched = False  # whether the next evaluation is searched for tensors that are not known
         self.half = self.velocity.half  # whether float16 takes part
         self.first_scale: Tensor | None = None  # of the sweep
         self.finite: Tensor | None = None  # whether all products since the last look were, where they are scaled
         self.evaluations = 0  # with scaled products, since the headroom last changed
         for name in CALLBACKS:
-            callback = getattr(self.velocity.func, name + "_adjoint", None)
+            callback = getattr(self.velocity.original, name + "_adjoint", None)
             if callback is not None:
                 setattr(self, name, self._of_pieces(callback))
 
@@ -124,8 +136,12 @@ class AugmentedSystem:
             return []
         return [
             torch.complex(part[..., 0], part[..., 1]) if parameter.is_complex() else part
-            for part, parameter in zip(self._parts(state[-1]), self.parameters, strict=True)
+            for part, parameter in zip(self._parts(self._vector(state)), self.parameters, strict=True)
         ]
+
+    def _vector(self, state: Sequence[Tensor]) -> Tensor:
+        """The gradients of all parameters, where there are any."""
+        return state[1 + 2 * len(self.spec.leaves)]
 
     def _parts(self, vector: Tensor) -> list[Tensor]:
         """Views of the gradients of all parameters, complex ones as pairs."""
@@ -138,34 +154,61 @@ class AugmentedSystem:
         cotangents = [
             (-lam if scale is None else -scale * lam).to(value.dtype) for lam, value in zip(adjoint, k, strict=True)
         ]
-        inputs = [*x, time] if self.problem.time_needs_grad else x
-        retain_graph = self.problem.parameters.retain_graph
-        products = vector_jacobian_product(k, (*inputs, *self.parameters), cotangents, retain_graph)
-        by_argument = [*products[: len(inputs)], None][: len(x) + 1]
+        arguments = [*x, time] if self.problem.time_needs_grad else x
+        products = self._products(k, [*arguments, *self.parameters], cotangents)
+        of_arguments, of_parameters = products[: len(arguments)], products[len(arguments) :]
+        likes = [*adjoint, state[0]]
         slopes = [
             torch.zeros_like(like) if product is None else product.to(like.dtype)
-            for like, product in zip((*adjoint, state[0]), by_argument, strict=True)
+            for like, product in zip_longest(likes, of_arguments)
         ]
         if self.parameters:
-            slopes.append(torch.zeros_like(state[-1]))
-            gradients = [
-                torch.view_as_real(g.resolve_conj()) if g is not None and g.is_complex() else g
-                for g in products[len(inputs) :]
-            ]
-            accumulate_gradients(self._parts(slopes[-1]), gradients, self.one)
+            slopes.append(self._slope_of_vector(self._vector(state), of_parameters))
         if scale is not None:
             slopes = self._unscaled(slopes, scale)
-        return (slopes[len(x)], *(value.detach() for value in k), *slopes[: len(x)], *slopes[len(x) + 1 :])
+        witness = () if self.witness is None else (self.witness,)
+        velocities = k if torch.is_grad_enabled() else [value.detach() for value in k]
+        return (slopes[len(x)], *velocities, *slopes[: len(x)], *slopes[len(x) + 1 :], *witness)
+
+    def _products(
+        self, k: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Vector-Jacobian products; with a graph of their own for an implicit method, which differentiates them."""
+        if not torch.is_grad_enabled():
+            return vector_jacobian_product(k, inputs, cotangents, self.problem.parameters.retain_graph)
+        pairs = [(value, cotangent) for value, cotangent in zip(k, cotangents, strict=True) if value.requires_grad]
+        if not pairs:
+            return [None] * len(inputs)
+        values, weights = zip(*pairs, strict=True)
+        return torch.autograd.grad(values, inputs, weights, create_graph=True, allow_unused=True)
+
+    def _slope_of_vector(self, vector: Tensor, products: Sequence[Tensor | None]) -> Tensor:
+        gradients = [
+            torch.view_as_real(product.resolve_conj()) if product is not None and product.is_complex() else product
+            for product in products
+        ]
+        slope = torch.zeros_like(vector)
+        if not torch.is_grad_enabled():
+            accumulate_gradients(self._parts(slope), gradients, self.one)
+            return slope
+        parts = [
+            zero if gradient is None else gradient.to(zero.dtype).reshape(-1)
+            for zero, gradient in zip(slope.split(self.sizes), gradients, strict=True)
+        ]
+        return torch.cat(parts)
 
     def _evaluate(self, time: Tensor, y: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """f with its graph, and its arguments, which are leaves of it."""
+        """f with its graph, and its arguments."""
         time = time.detach().to(self.spec.time_dtype)
         if self.problem.time_needs_grad:
             # odeint may hold the tensor that it gave
             time = time.clone().requires_grad_()
-        x = [leaf.detach().to(dtype) for leaf, dtype in zip(y, self.velocity.dtypes, strict=True)]
-        with self.velocity.autocast.entered():
-            k = self.velocity.evaluate_with_graph(time, x)
+        x = [leaf.to(dtype) for leaf, dtype in zip(y, self.velocity.dtypes, strict=True)]
+        x = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in x]
+        if self.problem.stats is not None:
+            self.problem.stats.evaluations_backward += 1
+        with self.velocity.autocast.entered(), torch.enable_grad():
+            k = self.velocity.evaluate(time, x)
         parameters = self.problem.parameters
         if parameters.checked and (self.watched or parameters.opaque):
             self.watched = False
@@ -185,7 +228,7 @@ class AugmentedSystem:
         if scaler is None or not (self.half or problem.scaler_given):
             return None
         target = scaler.target / math.sqrt(self.spec.elements_per_sample)
-        largest = largest_of([lam.abs().amax() for lam in adjoint if lam.numel() > 0] or [adjoint[0].sum()])
+        largest = largest_of([lam.detach().abs().amax() for lam in adjoint if lam.numel() > 0] or [self.one])
         scale = power_of_two_below(target / (largest + scaler.delta)) * scaler.headroom
         self.first_scale = scale if self.first_scale is None else self.first_scale
         self.evaluations += 1
@@ -215,6 +258,8 @@ class AugmentedSystem:
         if self.parameters:
             dtypes = [accumulation_dtype(parameter.dtype) for parameter in self.parameters]
             state.append(state[0].new_zeros(sum(self.sizes), dtype=max(dtypes, key=lambda dtype: dtype.itemsize)))
+        if self.witness is not None:
+            state.append(state[0].new_empty(0))
         rates = []
         for index in range(last, 0, -1):
             y, adjoint = self._halves(state)
@@ -249,34 +294,43 @@ class AugmentedSystem:
 
     def _solve_interval(self, state: tuple[Tensor, ...], times: Tensor) -> list[Tensor] | None:
         """The state at ``times[1]`` from that at ``times[0]``; None where products are not finite at any scale."""
-        problem, scaler = self.problem, self.problem.scaler
+        scaler = self.problem.scaler
         attempts = 0
         while True:
             self.watched, self.finite = True, None
             with switched_off(self.spec.device):
-                solution = odeint(
-                    self,
-                    state,
-                    times,
-                    rtol=problem.rtol,
-                    atol=problem.atol,
-                    method=problem.method,
-                    options=self.options,
-                    compensated=problem.compensated,
-                )
+                ended = self._integrate(state, times)
             if scaler is None or self.finite is None or bool(self.finite):
                 break
             attempts += 1
-            self.evaluations = 0
             if attempts > scaler.max_attempts:
                 self._give_up(float(times[0]), scaler)
                 return None
-            scaler.headroom *= scaler.decrease_factor
-            scaler.note("overflow", scaler.headroom)
+            self._change_headroom("overflow", scaler.decrease_factor)
         if scaler is not None and scaler.headroom < 1 and self.evaluations >= INCREASE_INTERVAL:
-            self.evaluations = 0
-            scaler.headroom *= scaler.increase_factor
-            scaler.note("increase", scaler.headroom)
+            self._change_headroom("increase", scaler.increase_factor)
+        return ended
+
+    def _integrate(self, state: tuple[Tensor, ...], times: Tensor) -> list[Tensor]:
+        problem = self.problem
+        rtol, atol = problem.rtol, problem.atol
+        if self.witness is not None:
+            rtol, atol = [*rtol, rtol[0]], [*atol, atol[0]]
+        with nullcontext() if problem.stats is None else stats() as inner:
+            solution = odeint(
+                self,
+                state,
+                times,
+                rtol=rtol,
+                atol=atol,
+                method=problem.method,
+                options=self.options,
+                compensated=problem.compensated,
+            )
+        if problem.stats is not None and inner is not None:
+            for solve in inner.solves:
+                for name in STEPS:
+                    getattr(problem.stats, name).extend(getattr(solve, name))
         return [leaf[1] for leaf in solution]
 
     def _give_up(self, time: float, scaler: DynamicScaler) -> None:
@@ -289,10 +343,23 @@ class AugmentedSystem:
             raise RuntimeError(message)
         warnings.warn(message + "; all gradients are set to inf", RuntimeWarning, stacklevel=2)
 
+    def _change_headroom(self, kind: str, factor: float) -> None:
+        scaler = self.problem.scaler
+        assert scaler is not None
+        self.evaluations = 0
+        scaler.headroom *= factor
+        self._note(kind, scaler.headroom)
+
     def _note_scale(self) -> None:
         if self.problem.scaler is not None and self.first_scale is not None:
             self.problem.scaler.S = float(self.first_scale)
-            self.problem.scaler.note("init", self.problem.scaler.S)
+            self._note("init", self.problem.scaler.S)
+
+    def _note(self, kind: str, scale: float) -> None:
+        assert self.problem.scaler is not None
+        self.problem.scaler.note(kind, scale)
+        if self.problem.stats is not None:
+            self.problem.stats.scale_history.append((kind, scale))
 
 
 def _all_finite(values: Sequence[Tensor]) -> Tensor:
@@ -328,26 +395,30 @@ def _real(value: Tensor, as_pairs: bool) -> Tensor:
     return value.real if value.is_complex() else value
 
 
-def augmented_tolerance(forward: Any, given: Any, spec: StateSpec, parameters: Sequence[Tensor]) -> Any:
-    """A tolerance of the adjoint solve, as :func:`rampde.odeint` takes it for (t, *y, *adj_y, params).
+def augmented_tolerance(
+    name: str, forward: object, given: object, spec: StateSpec, parameters: Sequence[Tensor]
+) -> list[Any]:
+    """The tolerances of the adjoint solve for (t, *y, *adj_y, params), one for each tensor.
 
-    ``given`` may hold one for each of (t, y, adj_y, *params). What is for the state alone holds for y and adj_y, and
-    the least of it for t and the parameters.
+    ``given``, or where it is None ``forward``, that of the forward solve, holds for y and adj_y, and the least of it
+    for t and the parameters; ``given`` may also be a list, one for each of (t, y, adj_y, *params). ``name``: "rtol" or
+    "atol", for errors.
+
+    Raises:
+        TypeError, ValueError: it fits neither.
     """
     value = forward if given is None else given
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.reshape(())
-    if not isinstance(value, Tensor | list):
-        return value
     leaves = len(spec.leaves)
-    if given is not None and len(value) == 3 + len(parameters):
-        time, y, adj_y, *others = value
+    if isinstance(given, list) and len(given) == 3 + len(parameters):
+        time, y, adj_y, *others = given
         sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
         vector = [torch.full((size,), float(other)) for size, other in zip(sizes, others, strict=True)]
         return [time, *[y] * leaves, *[adj_y] * leaves, *([torch.cat(vector).to(spec.device)] if vector else [])]
-    bounds = [
+    bounds: list[Bound] = [
         bound[..., None] if isinstance(bound, Tensor) and leaf.dtype.is_complex else bound
-        for bound, leaf in zip(read_tolerance(spec, value, 0.0).rtol, spec.leaves, strict=True)
+        for bound, leaf in zip(
+            getattr(read_tolerance(spec, **{"rtol": 0.0, "atol": 0.0, name: value}), name), spec.leaves, strict=True
+        )
     ]
     least = min(float(bound.min()) if isinstance(bound, Tensor) else bound for bound in bounds)
     return [least, *bounds, *bounds, *([least] if parameters else [])]

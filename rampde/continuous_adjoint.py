@@ -30,9 +30,11 @@ from rampde.augmented import (
 )
 from rampde.autocast import switched_off
 from rampde.captures import Captures, find_related, hooks_muted, record
+from rampde.methods import get_method
 from rampde.odeint import odeint
 from rampde.scaling import DynamicScaler, automatic_scaler
 from rampde.state import State, StateSpec
+from rampde.statistics import new_solve
 from rampde.tableau import ButcherTableau
 from rampde.velocity import Velocity
 
@@ -109,8 +111,8 @@ def odeint_adjoint(
     if adjoint_options is None:
         adjoint_options = {name: value for name, value in options.items() if name != "norm"}
     # read once: they may be generators, and both solves need them
-    rtol, atol = _listed(rtol), _listed(atol)
-    adjoint_rtol, adjoint_atol = _listed(adjoint_rtol), _listed(adjoint_atol)
+    rtol, atol, adjoint_rtol, adjoint_atol = (_listed(tol) for tol in (rtol, atol, adjoint_rtol, adjoint_atol))
+    get_method(adjoint_method)  # a wrong name is an error now, and not in the backward pass
     spec = StateSpec(y0)
     norm = adjoint_norm(adjoint_options.get("norm"), options.get("norm"), spec)
     given = None if adjoint_params is None else _given_parameters(adjoint_params)
@@ -123,7 +125,7 @@ def odeint_adjoint(
     recorder = _Recorder(velocity)
     with torch.no_grad():
         result = odeint(recorder if given is None else func, y0, t, **forward)
-    solution, event_time = (result, None) if event_fn is None else (result[1], result[0])
+    event_time, solution = (None, result) if event_fn is None else result
     parameters = _found_parameters(func, recorder.found) if given is None else given
     if parameters.any_excluded and callable(adjoint_options.get("norm")):
         warnings.warn(
@@ -136,8 +138,8 @@ def odeint_adjoint(
         velocity=velocity,
         parameters=parameters,
         method=adjoint_method,
-        rtol=augmented_tolerance(rtol, adjoint_rtol, spec, parameters.tensors),
-        atol=augmented_tolerance(atol, adjoint_atol, spec, parameters.tensors),
+        rtol=augmented_tolerance("rtol", rtol, adjoint_rtol, spec, parameters.tensors),
+        atol=augmented_tolerance("atol", atol, adjoint_atol, spec, parameters.tensors),
         options=adjoint_options | {"norm": norm},
         compensated=compensated,
         time_needs_grad=t.requires_grad,
@@ -145,6 +147,7 @@ def odeint_adjoint(
         scaler=_scaler(loss_scaler),
         scaler_given=isinstance(loss_scaler, DynamicScaler),
         poison=loss_scaler is not None,
+        stats=new_solve("adjoint"),
     )
     outputs = _ContinuousAdjoint.apply(  # type: ignore[no-untyped-call]
         problem, [joined(spec, solution)], t, *spec.flatten(y0), *parameters.tensors
@@ -223,7 +226,7 @@ class _Recorder:
 
     def __init__(self, velocity: Velocity) -> None:
         self._velocity = velocity
-        self._func: Any = velocity.func
+        self._func: Any = velocity.original
         self.found: Captures | None = None
 
     def __getattr__(self, name: str) -> Any:

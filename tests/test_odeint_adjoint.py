@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rampde.augmented
-from rampde import DynamicScaler, odeint, odeint_adjoint
+from rampde import DynamicScaler, odeint, odeint_adjoint, odeint_event, stats
+from rampde.augmented import augmented_tolerance
+from rampde.state import StateSpec
 
 F64 = torch.float64
 LOW = [torch.float16, torch.bfloat16]
@@ -199,6 +200,195 @@ def test_finite_differences() -> None:
     w = torch.randn(2, 2, dtype=F64, requires_grad=True)
     y0 = torch.randn(2, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(solve, (y0, torch.tensor([0.1, 0.4, 1.0], dtype=F64, requires_grad=True), w))
+
+
+class TestAdaptive:
+    @pytest.mark.parametrize("method", [None, "dopri5", "bosh3"])
+    @pytest.mark.parametrize("t", [EVEN, UNEVEN], ids=["even", "reverse"])
+    def test_as_torchdiffeq(self, method: str | None, t: Tensor) -> None:
+        compare(Net(), start().detach(), t, method=method, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("method", ["dopri8", "tsit5", "fehlberg2", "adaptive_heun"])
+    def test_methods(self, method: str) -> None:
+        # local errors of 1e-6 add up over some hundred steps of the methods of low order
+        net = Net()
+        check(net, net.wanted, bound=1e-3, method=method, options=None, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"adjoint_options": {"norm": "seminorm"}},
+            pytest.param(
+                {"adjoint_options": {"norm": lambda pieces: max(piece.abs().max() for piece in pieces[:3])}},
+                marks=pytest.mark.filterwarnings("ignore:An adjoint parameter"),
+            ),
+            {"options": {"norm": lambda y: y.abs().max()}},
+            {"adjoint_rtol": 1e-3, "adjoint_atol": 1e-4, "adjoint_method": "bosh3"},
+            {"options": {"first_step": 0.01, "max_step": 0.1}},
+            {"options": {"jump_t": torch.tensor([0.3], dtype=F64)}},
+        ],
+        ids=["seminorm", "own norm", "forward norm", "adjoint", "steps", "jump"],
+    )
+    def test_options(self, arguments: dict[str, Any]) -> None:
+        compare(Net(), start().detach(), EVEN, **{"rtol": 1e-6, "atol": 1e-7, **arguments})
+
+    @pytest.mark.parametrize("norm", [None, "seminorm"])
+    def test_tuple(self, norm: str | None) -> None:
+        options = {} if norm is None else {"norm": norm}
+        compare(Pair(), PAIR, UNEVEN, adjoint_options=options, rtol=1e-6, atol=1e-7)
+        compare(Pair(), PAIR, EVEN, rtol=(1e-6, 1e-7), adjoint_rtol=1e-5, atol=1e-7)
+
+    def test_seminorm_saves_evaluations(self) -> None:
+        def evaluations(options: dict[str, Any]) -> int:
+            net = Net()
+            y = odeint_adjoint(net, start(), EVEN, adjoint_options=options)
+            net.evaluations = 0
+            y.sum().backward()
+            return net.evaluations
+
+        assert evaluations({"norm": "seminorm"}) < evaluations({})
+
+    def test_tolerances_decide_the_error(self) -> None:
+        exact, y0 = Net(), start()
+        expected = torch.autograd.grad(reference(exact, y0, EVEN, 128).sum(), exact.w)[0]
+        for tolerance in (1e-4, 1e-7, 1e-10):
+            net = Net()
+            odeint_adjoint(net, start(), EVEN, rtol=tolerance, atol=tolerance).sum().backward()
+            assert relative(net.w.grad, expected) < max(100 * tolerance, 1e-9)
+
+    @pytest.mark.parametrize("dtype", LOW, ids=str)
+    @pytest.mark.filterwarnings("ignore:.*cannot be reached")
+    def test_16_bits_do_not_shrink_the_steps(self, dtype: torch.dtype) -> None:
+        """f returns 32 bits that were computed in 16: the step control must know it in the adjoint solve too."""
+
+        class Widened(Net):
+            def forward(self, t: Tensor, y: Tensor) -> Tensor:
+                return super().forward(t, y).float()
+
+        net, y0 = Widened(torch.float32), start(torch.float32)
+        with torch.autocast("cpu", dtype):
+            y = odeint_adjoint(net, y0, EVEN, rtol=1e-6, atol=1e-6)
+        net.evaluations = 0
+        (y * weights(y)).sum().backward()
+        assert net.evaluations < 1000
+        exact, exact_y0 = Net(), start()
+        expected = reference(exact, exact_y0, EVEN)
+        (expected * weights(expected)).sum().backward()
+        for ours, theirs in zip([y0, *net.wanted], [exact_y0, *exact.wanted], strict=True):
+            # the steps are as long as the rounding lets the control see: their error is of its size
+            assert relative(ours.grad, theirs.grad) < 16 * torch.finfo(dtype).eps
+
+    def test_overflow_lowers_the_scale(self) -> None:
+        a = torch.tensor(1.0, dtype=torch.float16, requires_grad=True)
+        scaler, y0 = DynamicScaler(), torch.ones(4096, 1, dtype=torch.float16, requires_grad=True)
+        arguments: dict[str, Any] = {"adjoint_params": [a], "loss_scaler": scaler, "rtol": 1e-2, "atol": 1e-2}
+        odeint_adjoint(lambda t, y: -a * y, y0, EVEN, **arguments)[-1].sum().mul(1 / 4096).backward()
+        assert scaler.headroom < 1
+        assert abs(float(a.grad) + torch.tensor(-1.0).exp()) < 1e-2
+
+    @pytest.mark.parametrize("method", ["trapezoid", "implicit_midpoint", "gl6"])
+    def test_implicit(self, method: str) -> None:
+        """Newton's method differentiates the augmented system: a second derivative of f."""
+        bound = 1e-6 if method == "gl6" else 4e-3
+        steps = {"method": method, "options": {"step_size": 2.0**-5}}
+        net = Net()
+        check(net, net.wanted, bound=bound, rtol=1e-9, atol=1e-9, **steps)
+
+
+class TestEvents:
+    @staticmethod
+    def solve(solver: Any, method: str, **arguments: Any) -> tuple[Tensor, Tensor, Net, Tensor, Tensor]:
+        net, y0, t = Net(), start(), torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
+        options = {"step_size": 2.0**-8, "interp": "cubic"} if method == "rk4" else {}
+
+        def event_fn(t: Tensor, y: Tensor) -> Tensor:
+            return y[0, 0] - 0.1
+
+        time, y = solver(net, y0, t, event_fn=event_fn, method=method, options=options, **arguments)
+        return time, y, net, y0, t
+
+    @pytest.mark.parametrize("method", ["dopri5", "rk4"])
+    def test_as_integrating_to_the_event(self, method: str) -> None:
+        time, y, net, y0, t = self.solve(odeint_adjoint, method)
+        assert y.shape == (2, 3, 4)
+        assert abs(float(y[1, 0, 0].detach()) - 0.1) < 1e-6
+        found = torch.autograd.grad(y.square().sum(), [y0, t, *net.wanted])
+        exact, exact_y0 = Net(), start()
+        times = torch.stack([torch.zeros((), dtype=F64), time.detach()]).requires_grad_()
+        expected_y = reference(exact, exact_y0, times)
+        expected = torch.autograd.grad(expected_y.square().sum(), [exact_y0, times, *exact.wanted])
+        for ours, theirs in zip([found[0], *found[2:]], [expected[0], *expected[2:]], strict=True):
+            assert relative(ours, theirs) < 1e-5
+        assert relative(found[1][0], expected[1][0]) < 1e-5
+        assert float(found[1][1]) == 0.0
+
+    def test_as_torchdiffeq(self) -> None:
+        torchdiffeq = pytest.importorskip("torchdiffeq")
+        results = []
+        for solver in (odeint_adjoint, torchdiffeq.odeint_adjoint):
+            time, y, net, y0, t = self.solve(solver, "dopri5")
+            results.append([time.detach(), y.detach(), *torch.autograd.grad(y.square().sum(), [y0, t, *net.wanted])])
+        # the event is found to the absolute tolerance, 1e-9
+        assert all((ours - theirs).abs().max() < 1e-6 for ours, theirs in zip(*results, strict=True))
+
+    def test_backward_from_the_time(self) -> None:
+        time, y, *_ = self.solve(odeint_adjoint, "dopri5")
+        time.backward(retain_graph=True)
+        y.sum().backward()
+
+    def test_odeint_event(self) -> None:
+        """The gradient of the event's time, with the continuous adjoint before it."""
+
+        def solve(interface: Any) -> tuple[Tensor, ...]:
+            net, y0 = Net(), start()
+            time, y = odeint_event(
+                net,
+                y0,
+                torch.tensor(0.0, dtype=F64),
+                event_fn=lambda t, y: y[0, 0] - 0.1,
+                odeint_interface=interface,
+                method="dopri5",
+            )
+            found: tuple[Tensor, ...] = torch.autograd.grad(time + y[-1].sum(), [y0, *net.wanted])
+            return found
+
+        for ours, theirs in zip(solve(odeint_adjoint), solve(odeint), strict=True):
+            assert relative(ours, theirs) < 1e-5
+
+
+class TestCallbacks:
+    @pytest.mark.parametrize("method", ["rk4", "dopri5"])
+    def test_of_the_adjoint_solve(self, method: str) -> None:
+        net, seen = Net(), []
+        net.callback_step = lambda t, y, dt: seen.append(("forward", float(t), y.shape))
+        net.callback_step_adjoint = lambda t, y, dt: seen.append(("adjoint", float(t), [p.shape for p in y]))
+        if method == "dopri5":
+            net.callback_accept_step_adjoint = lambda t, y, dt: seen.append(("accepted", float(t), float(dt)))
+        odeint_adjoint(net, start(), EVEN, method=method).sum().backward()
+        forward, adjoint = ([e for e in seen if e[0] == name] for name in ("forward", "adjoint"))
+        assert [shape for _, _, shape in forward] == [(3, 4)] * len(forward)
+        shapes = [(), (3, 4), (3, 4), (4, 4), (4, 4), (4,), (5,)]
+        assert [shape for _, _, shape in adjoint] == [shapes] * len(adjoint)
+        if method == "rk4":
+            assert [time for _, time, _ in adjoint] == [1.0, 0.75, 0.5, 0.25]
+        else:
+            accepted = [e for e in seen if e[0] == "accepted"]
+            assert abs(sum(dt for _, _, dt in accepted) - 1.0) < 0.5
+            assert adjoint[0][1] == 1.0
+
+
+def test_statistics() -> None:
+    net = Net()
+    with stats() as counted:
+        y = odeint_adjoint(net, start(), EVEN)
+    forward = net.evaluations
+    assert counted.evaluations_forward == forward
+    y.sum().backward()
+    assert counted.evaluations_forward == forward
+    assert counted.evaluations_backward == net.evaluations - forward
+    adjoint = counted.solves[-1]
+    assert adjoint.accepted > 0
+    assert all(size < 0 for size in adjoint.step_sizes)
 
 
 class TestCaptures:
@@ -562,7 +752,7 @@ class TestPrecision:
         net = Net(dtype)
         y = odeint_adjoint(net, start(dtype), EVEN, compensated=True, **RK4)
         y.sum().backward()
-        assert relative(y, odeint(net, start(dtype), EVEN, compensated=True, **RK4)) == 0
+        assert relative(y.detach(), odeint(net, start(dtype), EVEN, compensated=True, **RK4).detach()) == 0
 
 
 class TestNorms:
@@ -650,7 +840,9 @@ class TestArguments:
             ({"loss_scaler": True}, TypeError, "loss_scaler is True"),
             ({"velocity_dtype": torch.int8}, ValueError, "velocity_dtype is torch.int8"),
             ({"y0": 1.0}, TypeError, "y0 is a float"),
-            ({"method": "foo", "adjoint_options": {}}, ValueError, "foo"),
+            ({"adjoint_method": "foo", "adjoint_options": {}}, ValueError, "foo"),
+            ({"adjoint_rtol": -1.0}, ValueError, "rtol is -1.0"),
+            ({"adjoint_atol": [1.0, 2.0]}, ValueError, r"atol has shape \[2\]"),
         ],
         ids=str,
     )
@@ -685,16 +877,22 @@ class TestArguments:
 
 def test_tolerance_of_the_augmented_state() -> None:
     parameters = [torch.zeros(2), torch.zeros(1, dtype=torch.complex64)]
-    spec = rampde.augmented.StateSpec((torch.zeros(2), torch.zeros(3, dtype=torch.complex64)))
-    read = rampde.augmented.augmented_tolerance
-    assert read(1e-3, None, spec, parameters) == 1e-3
-    assert read([1e-3, 1e-4], None, spec, parameters) == [1e-4, 1e-3, 1e-4, 1e-3, 1e-4, 1e-4]
-    assert read([1e-3, 1e-4], 1e-5, spec, parameters) == 1e-5
-    *head, vector = read(1e-3, [1.0, 2.0, 3.0, 4.0, 5.0], spec, parameters)
+    spec = StateSpec((torch.zeros(2), torch.zeros(3, dtype=torch.complex64)))
+
+    def read(forward: Any, given: Any) -> list[Any]:
+        return augmented_tolerance("rtol", forward, given, spec, parameters)
+
+    assert read(1e-3, None) == [1e-3] * 6
+    assert read([1e-3, 1e-4], None) == [1e-4, 1e-3, 1e-4, 1e-3, 1e-4, 1e-4]
+    assert read([1e-3, 1e-4], 1e-5) == [1e-5] * 6
+    *head, vector = read(1e-3, [1.0, 2.0, 3.0, 4.0, 5.0])
     assert head == [1.0, 2.0, 2.0, 3.0, 3.0]
     assert torch.equal(vector, torch.tensor([4.0, 4.0, 5.0, 5.0]))
-    bound = read([1e-3, torch.tensor([1.0, 2.0, 3.0])], None, spec, ())[2]
-    assert bound.shape == (3, 1)
+    by_element = augmented_tolerance("rtol", [1e-3, torch.tensor([1.0, 2.0, 3.0])], None, spec, ())
+    assert len(by_element) == 5
+    assert by_element[2].shape == (3, 1)
+    with pytest.raises(ValueError, match="atol is -1"):
+        augmented_tolerance("atol", 1e-3, -1, spec, ())
 
 
 class TestAutograd:
