@@ -140,6 +140,8 @@ def integrate_implicit(problem: Problem, y0: Sequence[Tensor], checkpoints: Stag
             if observer is not None:
                 observer.accepted(attempt, layout.unpack(y, state_dtypes), 0.0)
         results = layout.stack(states, problem.output_dtypes)
+    if checkpoints is not None:
+        checkpoints.dense = solver.dense
     solver.warn(stacklevel=3)
     return results
 

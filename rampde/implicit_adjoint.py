@@ -31,6 +31,7 @@ class StageStates:
         self.stages = stages
         self.inputs: list[Tensor] = []  # leaf by leaf, stage by stage, step by step
         self.random: list[dict[int, RandomState]] = []
+        self.dense = False  # whether the road out ended with Jacobians as matrices
 
     def keep(self, x: Sequence[Tensor], random: dict[int, RandomState]) -> None:
         """Keeps the leaves ``x`` of all stage inputs of a step."""
@@ -97,6 +98,7 @@ class ImplicitSweep(Sweep):
         if problem.scaler is not None:
             self.target = problem.scaler.target / math.sqrt(problem.velocity.spec.elements_per_sample)
         self.solver = StageSolver(problem)
+        self.solver.dense = checkpoints.dense
         self.layout = self.solver.layout
         rtol = min(float(torch.as_tensor(bound).min()) for bound in problem.tolerance.rtol)
         # beyond the rounding of its products GMRES cannot go
@@ -179,16 +181,17 @@ class ImplicitSweep(Sweep):
         velocity = self.problem.velocity
         derivatives = [Derivative(stage, self.layout, velocity, self.target) for stage in stages]
         coupling = self.solver.coupling(block).T
-        if self.solver.dense:
-            transposed = torch.stack([derivative.matrix().T for derivative in derivatives])
-            r = torch.stack([(matrix * row).sum(1) for matrix, row in zip(transposed, w, strict=True)])
-            v = DenseSystem(transposed, coupling, h).solve(r)
-        else:
+        if not self.solver.dense:
             operators = [derivative.transposed_product for derivative in derivatives]
             r = torch.stack([product(row) for product, row in zip(operators, w, strict=True)])
             system = KrylovSystem(operators, (), coupling, h, self.tolerance, PRODUCTS)
             v = system.solve(r)
-            self.residual = max(self.residual, system.residual)
+            if system.residual <= self.allowed or not self.solver.turn_dense(len(stages)):
+                self.residual = max(self.residual, system.residual)
+        if self.solver.dense:
+            transposed = torch.stack([derivative.matrix().T for derivative in derivatives])
+            r = torch.stack([(matrix * row).sum(1) for matrix, row in zip(transposed, w, strict=True)])
+            v = DenseSystem(transposed, coupling, h).solve(r)
         if not bool(torch.isfinite(v).all()) and bool(torch.isfinite(r).all()):
             times = self.problem.grid.times
             raise RuntimeError(

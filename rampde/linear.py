@@ -263,7 +263,8 @@ class KrylovSystem:
         self._operators, self._transposed = operators, transposed
         self._coupling = h.to(coupling.dtype) * coupling
         self._tolerance, self._max_products = tolerance, max_products
-        self.residual = 0.0  # largest relative residual of a solve so far
+        # the largest of all solves so far: relative residual, and number of products
+        self.residual, self.products = 0.0, 0
 
     def solve(self, r: Tensor) -> Tensor:
         return self._gmres(self._operators, self._coupling, r)
@@ -280,8 +281,8 @@ class KrylovSystem:
             sums = combined(coupling, u)
             return (u - torch.stack([f(row) for f, row in zip(operators, sums, strict=True)])).flatten()
 
-        solution, residual = gmres(product, r.flatten(), self._tolerance, self._max_products)
-        self.residual = max(self.residual, residual)
+        solution, residual, products = gmres(product, r.flatten(), self._tolerance, self._max_products)
+        self.residual, self.products = max(self.residual, residual), max(self.products, products)
         return solution.view(r.shape)
 
 
@@ -291,18 +292,19 @@ def combined(coupling: Tensor, u: Tensor) -> Tensor:
     return (coupling[:, :, None] * u).sum(1)
 
 
-def gmres(product: Product, r: Tensor, tolerance: float, max_products: int) -> tuple[Tensor, float]:
+def gmres(product: Product, r: Tensor, tolerance: float, max_products: int) -> tuple[Tensor, float, int]:
     """Solves ``product(u) = r`` to ``|r - product(u)| <= tolerance |r|``, or as well as ``max_products`` allow.
 
     Restarted GMRES (Saad, Schultz, SIAM J. Sci. Stat. Comput. 7, 1986), with modified Gram-Schmidt. ``product`` is
     linear on vectors like ``r``.
 
     Returns:
-        ``u``, and its residual relative to ``|r|``. Where ``r`` is zero or not finite, ``u`` is ``r``.
+        ``u``, its residual relative to ``|r|``, and the number of products. Where ``r`` is zero or not finite, ``u`` is
+        ``r``.
     """
     start = float(r.norm())
     if start == 0 or not math.isfinite(start):
-        return r, start
+        return r, 0.0, 0
     u = torch.zeros_like(r)
     residual, length, products = r, start, 0
     while True:
@@ -343,10 +345,10 @@ def gmres(product: Product, r: Tensor, tolerance: float, max_products: int) -> t
         for weight, direction in zip(weights, basis, strict=False):
             u = u + weight * direction
         if steps < RESTART or products >= max_products:
-            return u, abs(rest[-1]) / start
+            return u, abs(rest[-1]) / start, products
         residual = r - product(u)
         products += 1
         before, length = length, float(residual.norm())
         # where a round gains nothing, the rounding of the products is reached
         if not tolerance * start < length <= before / 2:
-            return u, length / start
+            return u, length / start, products

@@ -24,16 +24,18 @@ import torch
 from torch import Tensor
 
 from rampde.implicit_tableau import Block, ImplicitTableau
-from rampde.linear import DenseSystem, Derivative, KrylovSystem, Layout, System, combined
+from rampde.linear import RESTART, DenseSystem, Derivative, KrylovSystem, Layout, System, combined
 from rampde.ops import rk_stage
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.tolerance import Bound
 
 LINEAR_SOLVERS = ("auto", "dense", "krylov")
-DENSE_SIZE = 256  # elements of the state up to which "auto" forms the Jacobian
+DENSE_SIZE = 128  # elements of the state up to which "auto" forms the Jacobian at once
+LARGEST_MATRIX = 4096  # rows of the equations up to which "auto" forms it where GMRES is slow or fails
 
 FORCING = 1e-2  # how well a correction is solved for by GMRES: better would cost more products than it saves
+FAILED = 0.1  # residual of a correction with which Newton's method does not converge quickly
 MAX_PRODUCTS = 300  # of GMRES for one correction
 SLOW = 5  # further iterations, predicted from the last two corrections, that are worth a new Jacobian
 CONTRACTION = 0.75  # of an undamped correction by the next one, where the iterate is taken
@@ -48,7 +50,9 @@ class NewtonOptions:
 
     Attributes:
         max_iters: evaluations of a step's stages before the iteration gives up.
-        linear_solver: "dense" (the Jacobian as a matrix), "krylov" (products with it, GMRES) or "auto" (by size).
+        linear_solver: "dense" (the Jacobian as a matrix), "krylov" (products with it, GMRES, for states of any size
+            whose equations are not too stiff) or "auto": dense for states of up to 128 elements, else krylov, and
+            dense again where GMRES is slow or fails and the matrix is not too large.
         newton_tolerance: largest last correction, as a part of what rtol and atol allow.
     """
 
@@ -136,6 +140,7 @@ class StageSolver:
 
     Attributes:
         dense: whether Jacobians are matrices.
+        linearizations: the latest derivative for each number of stages in a block.
         forcing: relative residual to which GMRES solves.
         random: where f draws random numbers, the generators' state at each stage of the latest step: all
             evaluations of a stage see the same numbers.
@@ -149,6 +154,7 @@ class StageSolver:
         self.layout = Layout(problem.velocity.spec)
         chosen = self.options.linear_solver
         self.dense = chosen == "dense" or (chosen == "auto" and self.layout.size <= DENSE_SIZE)
+        self._may_turn_dense = chosen == "auto"
         self.forcing = forcing
         self.random: dict[int, RandomState] = {}
         self.roundoff = self._roundoff()
@@ -156,7 +162,7 @@ class StageSolver:
         self._couplings: dict[Block, Tensor] = {}
         self._weights: dict[Block, Tensor] = {}
         self._rtol, self._atol = (self._bounds(b) for b in (problem.tolerance.rtol, problem.tolerance.atol))
-        self._linearizations: dict[int, Linearization] = {}  # by the number of stages in the block
+        self.linearizations: dict[int, Linearization] = {}
         self._previous: tuple[float, list[Tensor]] | None = None
 
     def _roundoff(self) -> float:
@@ -210,6 +216,14 @@ class StageSolver:
                 self.random[i] = RandomState.current(self.layout.device)
         with velocity.autocast.entered():
             return Stage(time, leaves, velocity.evaluate_with_graph(time, leaves))
+
+    def turn_dense(self, stages: int) -> bool:
+        """Goes over to matrices, as GMRES failed for a block of ``stages``; False where that is not to be."""
+        if self.dense or not self._may_turn_dense or stages * self.layout.size > LARGEST_MATRIX:
+            return False
+        self.dense = True
+        self.linearizations = {}
+        return True
 
     def linearize(self, stages: Sequence[Stage]) -> Linearization:
         """The derivative of the stage equations at ``stages``, which carry their graphs."""
@@ -327,12 +341,12 @@ class _Equations:
         solution, size = self._iterate(guess)
         if not size <= 1 and bool((guess != 0).any()):
             # the guess may have been the fault: the state itself is a point where f is sound
-            solver._linearizations.pop(m, None)
+            solver.linearizations.pop(m, None)
             again, size_again = self._iterate(torch.zeros_like(guess))
             if not size <= size_again:
                 solution, size = again, size_again
         if not size <= 1:
-            solver._linearizations.pop(m, None)
+            solver.linearizations.pop(m, None)
             if not solver.failures or solver.failures[-1].step != self.step:
                 solver.failures.append(Failure(self.step, size, self.iterations))
         for i, row in zip(self.block.stages, solution, strict=True):
@@ -353,24 +367,30 @@ class _Equations:
         size_, noise_ = torch.stack([size, noise]).tolist()
         return size_, noise_
 
-    def _correct(self, linearization: Linearization, iterate: Iterate) -> tuple[Tensor, float, float]:
-        correction = linearization.system(self.block, self.h, self.length).solve(iterate.residual)
+    def _correct(self, iterate: Iterate, anew: bool = False) -> tuple[Tensor, float, float]:
+        """Newton's correction of ``iterate``, with the derivative there where it is taken ``anew``; its measures."""
+        solver, m = self.solver, len(self.block.stages)
+        if anew or m not in solver.linearizations:
+            solver.linearizations[m] = solver.linearize(iterate.stages)
+        system = solver.linearizations[m].system(self.block, self.h, self.length)
+        correction = system.solve(iterate.residual)
+        if isinstance(system, KrylovSystem):
+            # a product costs about as much as ten of those that form a matrix, and is needed again and again
+            slow = system.products > max(RESTART, correction.numel() / 10)
+            if (slow or system.residual > FAILED) and solver.turn_dense(m):
+                return self._correct(iterate, anew=True)
         return (correction, *self._measure(correction, iterate.velocities))
 
     def _iterate(self, start: Tensor) -> tuple[Tensor, float]:
         """Newton's iteration from ``start``; velocities, and the size of their last correction (converged: up to 1)."""
-        solver, m = self.solver, len(self.block.stages)
-        stop = self.iterations + solver.options.max_iters
+        stop = self.iterations + self.solver.options.max_iters
+        fresh = len(self.block.stages) not in self.solver.linearizations
         current = self.evaluate(start)
-        linearization = solver._linearizations.get(m)
-        fresh = linearization is None
-        if linearization is None:
-            linearization = solver._linearizations[m] = solver.linearize(current.stages)
-        correction, size, noise = self._correct(linearization, current)
+        correction, size, noise = self._correct(current)
         damping = 1.0
         while size > 1 and self.iterations < stop and damping >= LEAST_DAMPING:
             trial = self.evaluate(current.velocities + damping * correction)
-            next_correction, next_size, next_noise = self._correct(linearization, trial)
+            next_correction, next_size, next_noise = self._correct(trial)
             if next_size <= (1 - damping * (1 - CONTRACTION)) * size:
                 slow = damping < 1 or _remaining(size, next_size) > SLOW
                 current, correction, size, noise = trial, next_correction, next_size, next_noise
@@ -386,8 +406,7 @@ class _Equations:
             else:
                 fresh, damping = True, 1.0
             if fresh:
-                linearization = solver._linearizations[m] = solver.linearize(current.stages)
-                correction, size, noise = self._correct(linearization, current)
+                correction, size, noise = self._correct(current, anew=True)
         if size <= 1:
             return current.velocities + correction, size
         if not math.isfinite(size):
