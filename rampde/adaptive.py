@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rampde.checkpoint import Checkpoints
 from rampde.control import AdaptiveSteps, Attempt, Control, EqualSteps, TooManySteps
-from rampde.error_norm import ErrorNorm, velocity_roundoff
+from rampde.error_norm import ErrorNorm, velocity_roundoff, warn_of_rounding
 from rampde.events import EventSearch
 from rampde.grid import Output, TimeGrid
 from rampde.ops import rk_stage, rk_update
@@ -187,6 +187,54 @@ class Arithmetic:
             rk_stage(state, of_leaf, trial.h, weights[: len(of_leaf)], dtype)
             for state, of_leaf, dtype in zip(y, trial.k, dtypes, strict=True)
         ]
+
+
+class TensorArithmetic(Arithmetic):
+    """A state of one real tensor, the usual case, with as little Python as can be between two evaluations of f."""
+
+    def __init__(self, problem: Problem, graphs: bool, norm: ErrorNorm) -> None:
+        super().__init__(problem, graphs, norm)
+        self.call: Callable[[Tensor, Tensor], Any] = self.velocity.call_with_graph if graphs else self.velocity.func
+        self.dtype, self.state_dtype = self.velocity.dtypes[0], self.state_dtypes[0]
+        self.later_stages = self.tableau.stages_before_end
+        self.error_needs_last = self.tableau.attempted == self.tableau.stages
+        # the input of the last stage is the state at the end of the step
+        self.end_weights = self.tableau.stage_inputs[-1]
+
+    @staticmethod
+    def serves(problem: Problem, norm: ErrorNorm | None) -> bool:
+        """Whether the problem is of the usual kind."""
+        plain = problem.velocity.is_plain and not problem.compensated
+        return plain and problem.random is None and not problem.time_needs_grad and norm is not None and norm.fused
+
+    def attempt(self, y: list[Tensor], first: Stage, compensation: list[Tensor | None], attempt: Attempt) -> Trial:
+        call, dtype, state = self.call, self.dtype, y[0]
+        h, times = self.steps.tensors(attempt)
+        k: list[Any] = [first.k[0]]
+        stages = [first] if self.graphs else None
+        for i, inputs in self.later_stages:
+            x = rk_stage(state, k if inputs.dense else inputs.pick(k), h, inputs.weights, dtype)
+            value = call(times[i], x)
+            k.append(value)
+            if stages is not None:
+                stages.append(Stage(times[i], [x], [value]))
+        trial = Trial(attempt, h, times, [k], y, y, compensation, stages)
+        if not self.error_needs_last:
+            self.update(y, trial)
+            return trial
+        end = self.end_weights
+        x = rk_stage(state, k if end.dense else end.pick(k), h, end.weights, dtype)
+        value = call(times[-1], x)
+        k.append(value)
+        trial.last = Stage(times[-1], [x], [value])
+        if stages is not None:
+            stages.append(trial.last)
+        assert self.norm is not None
+        y_next = None if dtype == self.state_dtype else torch.empty_like(state)
+        trial.ratio, trial.noise = self.norm.fused_tensor_update(state, k, h, y_next)
+        trial.x_next = [x]
+        trial.y_next = [x.detach() if y_next is None else y_next]
+        return trial
 
 
 def _append(k: list[list[Tensor]], stages: list[Stage] | None, stage: Stage) -> None:
@@ -379,7 +427,11 @@ def integrate_adaptive(problem: Problem, y0: Sequence[Tensor], checkpoints: Chec
     norm = new_norm(problem, problem.first)
     graphs = checkpoints is not None and checkpoints.needs_graph
     rows = Rows(y, 2 if problem.search is not None else len(problem.output_times), problem.output_dtypes)
-    run_loop(problem, y, problem.first, Arithmetic(problem, graphs, norm), rows, norm, checkpoints)
+    if norm is not None and TensorArithmetic.serves(problem, norm):
+        arithmetic: Arithmetic = TensorArithmetic(problem, graphs, norm)
+    else:
+        arithmetic = Arithmetic(problem, graphs, norm)
+    run_loop(problem, y, problem.first, arithmetic, rows, norm, checkpoints)
     return rows.leaves
 
 
@@ -417,27 +469,12 @@ def run_loop(
         control = AdaptiveSteps(problem.control, order, start, sign, h)
     course = Loop(problem, control, arithmetic, rows, checkpoints, problem.search).run(y, first)
     if isinstance(control, AdaptiveSteps) and control.worst_noise > 1.0:
-        _warn_of_rounding(problem, control.worst_noise)
+        warn_of_rounding(problem, control.worst_noise)
     problem.step_times = course.steps
     problem.grid = TimeGrid(problem.grid.points, course.steps.points or [start], course.outputs)
     if course.event_time is not None:
         problem.event_time = course.event_time
         problem.output_times = [start, course.event_time]
-
-
-def _warn_of_rounding(problem: Problem, noise: float) -> None:
-    tolerance, velocity = problem.tolerance, problem.velocity
-    rtol, atol = (
-        max(float(torch.as_tensor(bound).max()) for bound in bounds) for bounds in (tolerance.rtol, tolerance.atol)
-    )
-    dtype = velocity.autocast.dtype if velocity.autocast.enabled else velocity.dtypes[0]
-    warnings.warn(
-        f"rtol={rtol:g}, atol={atol:g} cannot be reached with velocities in {dtype}: their rounding alone makes errors"
-        f" {noise:.2g} times as large. About rtol={rtol * noise:.1g}, atol={atol * noise:.1g} is reachable: ask for"
-        " that, or evaluate func in float32",
-        UserWarning,
-        stacklevel=2,
-    )
 
 
 def _stiffness(tableau: ClosedTableau, y: list[Tensor], trial: Trial) -> float:

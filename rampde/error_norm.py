@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,22 @@ def velocity_roundoff(problem: Problem, k: Sequence[Tensor]) -> float:
         dtypes.append(velocity.autocast.dtype)
     epsilons = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]
     return ROUNDOFF * max(epsilons) / 2 if epsilons else 0.0
+
+
+def warn_of_rounding(problem: Problem, noise: float) -> None:
+    """Warns that rounding alone makes errors ``noise`` times as large as the tolerances, and names reachable ones."""
+    tolerance, velocity = problem.tolerance, problem.velocity
+    rtol, atol = (
+        max(float(torch.as_tensor(bound).max()) for bound in bounds) for bounds in (tolerance.rtol, tolerance.atol)
+    )
+    dtype = velocity.autocast.dtype if velocity.autocast.enabled else velocity.dtypes[0]
+    warnings.warn(
+        f"rtol={rtol:g}, atol={atol:g} cannot be reached with velocities in {dtype}: their rounding alone makes errors"
+        f" {noise:.2g} times as large. About rtol={rtol * noise:.1g}, atol={atol * noise:.1g} is reachable: ask for"
+        " that, or evaluate func in float32",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 class ErrorNorm:
@@ -88,6 +105,18 @@ class ErrorNorm:
             ratio = max(square / size - of_rounding / size, ratio) if square == square else math.inf
             noise = max(noise, of_rounding / size)
         return math.sqrt(max(ratio, 0.0)), math.sqrt(noise)
+
+    def fused_tensor_update(
+        self, y: Tensor, k: Sequence[Tensor], h: Tensor, y_next: Tensor | None
+    ) -> tuple[float, float]:
+        """As ``fused_update``, of a state of one tensor."""
+        rtol, atol = self.problem.tolerance.rtol[0], self.problem.tolerance.atol[0]
+        sums = rk_error(y, k, h, self.b, self.e, rtol, atol, self.roundoff, 1, y_next)
+        square, of_rounding = sums.tolist()[0]
+        if square != square:
+            return math.inf, 0.0
+        size = self.sizes[0]
+        return math.sqrt(max(square - of_rounding, 0.0) / size), math.sqrt(of_rounding / size)
 
     def measured(
         self, y: Sequence[Tensor], y_next: Sequence[Tensor], k: Sequence[Sequence[Tensor]], h: Tensor

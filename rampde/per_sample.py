@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rampde.checkpoint import Checkpoints
 from rampde.control import NOISE_LIMITED
-from rampde.error_norm import velocity_roundoff
+from rampde.error_norm import velocity_roundoff, warn_of_rounding
 from rampde.grid import time_dtype
 from rampde.ops import rk_error, rk_stage
 from rampde.options import AdaptiveOptions
@@ -175,6 +175,7 @@ class _Batch:
 
     def run(self) -> list[Tensor]:
         outputs = self.output_times.shape[1]
+        worst = torch.zeros((), dtype=self.time.dtype, device=self.time.device)
         counts = torch.zeros((2, self.stages.samples), dtype=torch.int64, device=self.time.device)
         while True:
             self._step()
@@ -185,6 +186,7 @@ class _Batch:
             going, too_many, underflow = torch.stack([active, over, stuck]).cpu().unbind(0)
             every = slice(None) if self.rows is None else self.rows
             counts[0, every], counts[1, every] = self.accepted, self.rejected
+            worst = torch.maximum(worst, self.worst_noise.max())
             if not bool(going.any()):
                 break
             if bool(too_many.any()):
@@ -193,6 +195,8 @@ class _Batch:
                 raise self._error(underflow, "underflow in the step size")
             self._drop_done_tiles(going)
         self.problem.batch_steps = self.steps
+        if self.roundoff and float(worst) > 1.0:
+            warn_of_rounding(self.problem, float(worst))
         if self.problem.stats is not None:
             accepted, rejected = counts.tolist()
             self.problem.stats.accepted_of_sample, self.problem.stats.rejected_of_sample = accepted, rejected
@@ -289,7 +293,7 @@ class _Batch:
         of_error = torch.where(error == 0, 0.0, error / allowed).square()
         of_rounding = torch.where(error == 0, 0.0, rounding / allowed.square())
         of_error = torch.where(torch.isfinite(y_next), of_error, math.inf)
-        return torch.stack([of_error.flatten(1).sum(1), of_rounding.flatten(1).sum(1)], dim=1)
+        return torch.stack([of_error.reshape(len(y), -1).sum(1), of_rounding.reshape(len(y), -1).sum(1)], dim=1)
 
     def _magnitude(self, leaf: int, y: Tensor) -> Tensor:
         if self.problem.velocity.spec.leaves[leaf].dtype.is_complex:
@@ -416,5 +420,5 @@ class _Batch:
         norms = []
         for value, bound, size in zip(values, allowed, self.sizes, strict=True):
             ratio = torch.where(value == 0, 0.0, value / bound)
-            norms.append((ratio.flatten(1).square().sum(1).to(self.time.dtype) / size).sqrt())
+            norms.append((ratio.reshape(len(ratio), -1).square().sum(1).to(self.time.dtype) / size).sqrt())
         return torch.stack(norms).amax(0)

@@ -29,6 +29,8 @@ class PerSampleSweep(Sweep):
     """
 
     def _place(self, cotangents: Sequence[Tensor | None]) -> None:
+        # the scale is decided in each step by the host, which looks at the device there anyway
+        self.scale_state = None
         outputs = self.points.shape[-1]
         self.rows_of_outputs: list[Sequence[Tensor | None]] = [
             [None] * outputs if leaf is None else leaf.unbind(0) for leaf in cotangents
@@ -205,7 +207,7 @@ class PerSampleSweep(Sweep):
                     slope = torch.zeros_like(theta)
                     for power in reversed(range(len(coefficients))):
                         slope = slope * theta + (power + 1) * coefficients[power]
-                    total = total + slope * (row * term).flatten(1).sum(1).to(theta.dtype)
+                    total = total + slope * (row * term).reshape(len(row), -1).sum(1).to(theta.dtype)
                 total = total / size
                 self.moved_outputs[rows, index] += total
                 self._add_to_first(step, -total)
