@@ -65,7 +65,7 @@ class AugmentedProblem:
         parameters: the tensors to differentiate with respect to.
         method, rtol, atol, options, compensated: of the adjoint solve; tolerances by :func:`augmented_tolerance`.
         time_needs_grad: whether the output times require a gradient.
-        event_time: where an event ended the solve; None where none was looked for.
+        until_event: whether an event ended the solve.
         scaler: dynamic scaling of the cotangents of f; None for none.
         scaler_given: whether the caller gave the scaler, and is told by an error when it fails.
         poison: without a scaler, whether one non-finite gradient makes all of them infinite.
@@ -80,7 +80,7 @@ class AugmentedProblem:
     options: dict[str, Any]
     compensated: bool
     time_needs_grad: bool
-    event_time: Tensor | None
+    until_event: bool
     scaler: DynamicScaler | None
     scaler_given: bool
     poison: bool
@@ -101,7 +101,7 @@ class AugmentedSystem:
         """``norm``: of (t, y, adj_y, *params), as :meth:`pieces` makes them."""
         self.problem, self.parameters = problem, parameters
         self.velocity, self.spec = problem.velocity, problem.velocity.spec
-        self.options = problem.options | {"norm": lambda state: norm(self.pieces(state))}
+        self.norm = norm
         self.shapes = [(*p.shape, 2) if p.is_complex() else tuple(p.shape) for p in parameters]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.one = torch.ones((), dtype=time_dtype(self.spec.device), device=self.spec.device)
@@ -113,12 +113,12 @@ class AugmentedSystem:
         self.first_scale: Tensor | None = None  # of the sweep
         self.finite: Tensor | None = None  # whether all products since the last look were, where they are scaled
         self.evaluations = 0  # with scaled products, since the headroom last changed
-        for name in CALLBACKS:
-            callback = getattr(self.velocity.original, name + "_adjoint", None)
-            if callback is not None:
-                setattr(self, name, self._of_pieces(callback))
 
-    def _of_pieces(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> Any:
+        # callbacks, looked up and not kept: what holds itself stays in memory until the garbage collector runs
+        if name not in CALLBACKS:
+            raise AttributeError(name)
+        callback = getattr(self.velocity.original, name + "_adjoint")
         return lambda time, state, step: callback(time, self.pieces(state), step)
 
     def pieces(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -262,7 +262,7 @@ class AugmentedSystem:
             state.append(state[0].new_empty(0))
         rates = []
         for index in range(last, 0, -1):
-            y, adjoint = self._halves(state)
+            y, _ = self._halves(state)
             if not bool(_all_finite(state)):
                 # not an initial state: an overflow of the loss or on the way, for a GradScaler to see
                 state = [torch.full_like(value, math.inf) for value in state]
@@ -324,7 +324,7 @@ class AugmentedSystem:
                 rtol=rtol,
                 atol=atol,
                 method=problem.method,
-                options=self.options,
+                options=problem.options | {"norm": lambda state: self.norm(self.pieces(state))},
                 compensated=problem.compensated,
             )
         if problem.stats is not None and inner is not None:

@@ -29,7 +29,7 @@ from rampde.augmented import (
     split,
 )
 from rampde.autocast import switched_off
-from rampde.captures import Captures, find_related, hooks_muted, record
+from rampde.captures import Captures, find_related, hooks_muted, reachable_tensors, record
 from rampde.methods import get_method
 from rampde.odeint import odeint
 from rampde.scaling import DynamicScaler, automatic_scaler
@@ -115,7 +115,7 @@ def odeint_adjoint(
     get_method(adjoint_method)  # a wrong name is an error now, and not in the backward pass
     spec = StateSpec(y0)
     norm = adjoint_norm(adjoint_options.get("norm"), options.get("norm"), spec)
-    given = None if adjoint_params is None else _given_parameters(adjoint_params)
+    given = None if adjoint_params is None else _given_parameters(func, adjoint_params)
     forward: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn}
     forward |= {"velocity_dtype": velocity_dtype, "loss_scaler": loss_scaler, "compensated": compensated}
     if not torch.is_grad_enabled():
@@ -125,7 +125,7 @@ def odeint_adjoint(
     recorder = _Recorder(velocity)
     with torch.no_grad():
         result = odeint(recorder if given is None else func, y0, t, **forward)
-    event_time, solution = (None, result) if event_fn is None else result
+    event_time, solution = ([], result) if event_fn is None else ([result[0]], result[1])
     parameters = _found_parameters(func, recorder.found) if given is None else given
     if parameters.any_excluded and callable(adjoint_options.get("norm")):
         warnings.warn(
@@ -143,20 +143,19 @@ def odeint_adjoint(
         options=adjoint_options | {"norm": norm},
         compensated=compensated,
         time_needs_grad=t.requires_grad,
-        event_time=event_time,
+        until_event=event_fn is not None,
         scaler=_scaler(loss_scaler),
         scaler_given=isinstance(loss_scaler, DynamicScaler),
         poison=loss_scaler is not None,
         stats=new_solve("adjoint"),
     )
-    outputs = _ContinuousAdjoint.apply(  # type: ignore[no-untyped-call]
-        problem, [joined(spec, solution)], t, *spec.flatten(y0), *parameters.tensors
+    solution, *event_time = _ContinuousAdjoint.apply(  # type: ignore[no-untyped-call]
+        problem, [joined(spec, solution), *event_time], t, *spec.flatten(y0), *parameters.tensors
     )
-    solution, *event = outputs
     if not spec.is_tensor:
         leaves = [leaf.to(own.real_dtype) for leaf, own in zip(split(spec, solution), spec.leaves, strict=True)]
         solution = spec.unflatten(leaves)
-    return (event[0], solution) if event else solution
+    return (event_time[0], solution) if event_time else solution
 
 
 def _listed(tolerance: Any) -> Any:
@@ -171,7 +170,7 @@ def _scaler(loss_scaler: object) -> DynamicScaler | None:
     return loss_scaler if isinstance(loss_scaler, DynamicScaler) else None
 
 
-def _given_parameters(given: Iterable[Tensor]) -> Parameters:
+def _given_parameters(func: object, given: Iterable[Tensor]) -> Parameters:
     if isinstance(given, Tensor) or not isinstance(given, Iterable):
         raise TypeError(f"adjoint_params is a {type(given).__name__}, expected an iterable of tensors")
     candidates = list(given)
@@ -187,7 +186,10 @@ def _given_parameters(given: Iterable[Tensor]) -> Parameters:
             " counted twice, expected tensors that do not depend on each other"
         )
     excluded = any(not tensor.requires_grad for tensor in candidates)
-    return Parameters(tensors, len(tensors), excluded, checked=False, retain_graph=True)
+    known = {id(tensor) for tensor in tensors}
+    # only then, as compiled code cannot keep its graph
+    computed_outside = any(not tensor.is_leaf and id(tensor) not in known for tensor in reachable_tensors(func))
+    return Parameters(tensors, len(tensors), excluded, checked=False, retain_graph=computed_outside)
 
 
 def _found_parameters(func: Any, found: Captures | None) -> Parameters:
@@ -246,7 +248,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: AugmentedProblem, solution: list[Tensor], t: Tensor, *tensors: Tensor
+        ctx: Any, problem: AugmentedProblem, outputs: list[Tensor], t: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         parameters = tensors[len(problem.velocity.spec.leaves) :]
         used = problem.parameters.used
@@ -256,12 +258,10 @@ class _ContinuousAdjoint(torch.autograd.Function):
         ctx.adjoint_options = problem.options
         # only what f is taken to use is checked for changes in place: the rest may be no business of the solve
         ctx.unused = parameters[used:]
-        y = solution[0]
-        # a view of y0 or of a buffer would stay one
-        y = y.clone() if y._is_view() else y
-        outputs = (y,) if problem.event_time is None else (y, problem.event_time)
+        # an output must not be a view, of y0 or of a buffer
+        outputs = [output.clone() if output._is_view() else output for output in outputs]
         ctx.save_for_backward(t, *outputs, *parameters[:used])
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -272,7 +272,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         t, solution, *saved = ctx.saved_tensors
         times = t.detach().to(solution.device)
-        if problem.event_time is not None:
+        if problem.until_event:
             event_time, *saved = saved
             times = torch.stack([times[0], event_time.to(times)])
         parameters = [*saved, *ctx.unused]
@@ -287,7 +287,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
                 # a gradient is kept for long: it must not hold the memory of all others
                 *(own.to(p, copy=True) for own, p in zip(of_parameters, parameters, strict=True)),
             ]
-        if of_times is not None and problem.event_time is not None:
+        if of_times is not None and problem.until_event:
             # the second time only says where to look for the event
             gradients[0] = torch.cat([of_times[:1], torch.zeros_like(of_times[1:])]).to(t)
         if torch.is_grad_enabled():
