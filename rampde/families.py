@@ -7,12 +7,15 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from rampde.adams import AdamsMethod, AdamsOptions
 from rampde.implicit import solve_implicit
 from rampde.implicit_tableau import ImplicitTableau
+from rampde.multistep import solve_multistep
 from rampde.newton import NewtonOptions
 from rampde.observer import CALLBACKS
 from rampde.options import ADAPTIVE, FIXED, OptionNames
 from rampde.problem import Problem
+from rampde.scipy_solver import ScipyOptions, ScipySolver, solve_with_scipy
 from rampde.solve import solve
 from rampde.tableau import ButcherTableau, EmbeddedTableau
 
@@ -34,9 +37,15 @@ class Family:
     steps_on_the_way: bool = False
 
 
+def _names(options: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(options))
+
+
 EMBEDDED = Family(ADAPTIVE, solve, CALLBACKS, steps_on_the_way=True)
 EXPLICIT = Family(FIXED, solve, steps_on_the_way=True)
-IMPLICIT = Family(FIXED.with_known(tuple(field.name for field in fields(NewtonOptions))), solve_implicit)
+ADAMS = Family(FIXED.with_known(_names(AdamsOptions)), solve_multistep)
+SCIPY = Family(OptionNames(_names(ScipyOptions), ("norm", "grid_points", "eps", "step_size")), solve_with_scipy, callbacks=())
+IMPLICIT = Family(FIXED.with_known(_names(NewtonOptions)), solve_implicit)
 
 
 def family_of(method: object) -> Family:
@@ -45,5 +54,9 @@ def family_of(method: object) -> Family:
         return EMBEDDED
     if isinstance(method, ImplicitTableau):
         return IMPLICIT
+    if isinstance(method, AdamsMethod):
+        return ADAMS
+    if isinstance(method, ScipySolver):
+        return SCIPY
     assert isinstance(method, ButcherTableau)
     return EXPLICIT

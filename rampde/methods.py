@@ -3,7 +3,9 @@
 from fractions import Fraction as F
 from typing import TypeVar
 
+from rampde.adams import ADAMS_METHODS
 from rampde.implicit_tableau import IMPLICIT_METHODS, ImplicitTableau
+from rampde.scipy_solver import ScipySolver
 from rampde.tableau import ButcherTableau, EmbeddedTableau
 
 ADAPTIVE: dict[str, EmbeddedTableau] = {
@@ -248,7 +250,13 @@ FIXED: dict[str, ButcherTableau] = {
     ),
 }
 
-METHODS: dict[str, object] = {**ADAPTIVE, **FIXED, **IMPLICIT_METHODS}
+METHODS: dict[str, object] = {
+    **ADAPTIVE,
+    **FIXED,
+    **ADAMS_METHODS,
+    **IMPLICIT_METHODS,
+    "scipy_solver": ScipySolver(),
+}
 
 DEFAULT = "dopri5"
 
