@@ -142,7 +142,7 @@ def integrate_implicit(problem: Problem, y0: Sequence[Tensor], checkpoints: Stag
         results = layout.stack(states, problem.output_dtypes)
     if checkpoints is not None:
         checkpoints.dense = solver.dense
-    solver.warn(stacklevel=3)
+    solver.warn()
     return results
 
 

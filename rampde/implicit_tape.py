@@ -52,7 +52,7 @@ def integrate_implicit_taped(problem: Problem, y0: Sequence[Tensor], points: Ten
             if step + 1 in kept:
                 states.append(y)
         problem.first = None
-        solver.warn(stacklevel=3)
+        solver.warn()
         return layout.stack(states, problem.output_dtypes)
 
 

@@ -16,6 +16,7 @@ stiff problem.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -270,7 +271,7 @@ class StageSolver:
             guesses.append(guess)
         return guesses
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """One warning for all steps that did not converge."""
         if not self.failures:
             return
@@ -282,7 +283,7 @@ class StageSolver:
             f" residual is {worst.size:.3g} times the allowed one (inf: f is not finite or its equations are singular);"
             " use smaller steps there, wider rtol and atol, or a larger max_iters",
             UserWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=_callers_level(),
         )
 
 
@@ -413,6 +414,14 @@ class _Equations:
             # a singular matrix, or f is not finite: f itself is what shows which
             return current.velocities + current.residual, math.inf
         return current.velocities, size
+
+
+def _callers_level() -> int:
+    """For a warning by the caller of this: how many frames away its user is, through autograd or not."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rampde", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _remaining(size: float, next_size: float) -> float:
