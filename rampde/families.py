@@ -44,7 +44,9 @@ def _names(options: type) -> tuple[str, ...]:
 EMBEDDED = Family(ADAPTIVE, solve, CALLBACKS, steps_on_the_way=True)
 EXPLICIT = Family(FIXED, solve, steps_on_the_way=True)
 ADAMS = Family(FIXED.with_known(_names(AdamsOptions)), solve_multistep)
-SCIPY = Family(OptionNames(_names(ScipyOptions), ("norm", "grid_points", "eps", "step_size")), solve_with_scipy, callbacks=())
+SCIPY = Family(
+    OptionNames(_names(ScipyOptions), ("norm", "grid_points", "eps", "step_size")), solve_with_scipy, callbacks=()
+)
 IMPLICIT = Family(FIXED.with_known(_names(NewtonOptions)), solve_implicit)
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rampde.batch_control import BatchControl
 from rampde.checkpoint import Checkpoints
-from rampde.control import NOISE_LIMITED
 from rampde.error_norm import velocity_roundoff, warn_of_rounding
 from rampde.grid import time_dtype
 from rampde.ops import rk_error, rk_stage
@@ -60,6 +60,7 @@ class BatchStages:
         self.samples = leaves[0].shape[0]
         device = self.velocity.spec.device
         self.one = torch.ones((), dtype=time_dtype(device), device=device)
+        self.nodes = torch.tensor(self.tableau.nodes, dtype=self.one.dtype, device=device)
         # the time that f receives broadcasts against its state
         self.time_shape = (-1, *[1] * (len(leaves[0].shape) - 1))
 
@@ -67,17 +68,18 @@ class BatchStages:
         """A vector over the samples in the shape of a leaf."""
         return vector.to(dtype).reshape(-1, *[1] * (self.dims[leaf] - 1))
 
-    def times(self, step: BatchStep, stage: int) -> Tensor:
-        """The time of a stage as f receives it: (R, 1, ..., 1), with as many dimensions as the first tensor of y0."""
-        time = step.start + self.tableau.nodes[stage] * step.h
-        return time.to(self.velocity.spec.time_dtype).reshape(self.time_shape)
+    def times(self, start: Tensor, h: Tensor) -> list[Tensor]:
+        """The times of the stages as f receives them: (R, 1, ..., 1), as many dimensions as the first tensor of y0."""
+        times = (start + self.nodes[:, None] * h).to(self.velocity.spec.time_dtype)
+        return [time.view(self.time_shape) for time in times.unbind(0)]
 
-    def increments(self, k: Sequence[Tensor], h: Tensor) -> list[Tensor]:
+    def sizes(self, h: Tensor) -> list[Tensor]:
+        """Step sizes (R,) in dtype and shape of each leaf."""
+        return [self.along(h, leaf, spec.state_dtype) for leaf, spec in enumerate(self.velocity.spec.leaves)]
+
+    def increments(self, k: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
         """``h k`` for each leaf, in the state's dtype."""
-        return [
-            self.along(h, leaf, spec.state_dtype) * value.to(spec.state_dtype)
-            for leaf, (value, spec) in enumerate(zip(k, self.velocity.spec.leaves, strict=True))
-        ]
+        return [size * value.to(size.dtype) for size, value in zip(sizes, k, strict=True)]
 
     def combined(self, y: Sequence[Tensor], terms: list[list[Tensor]], inputs: Combination) -> list[Tensor]:
         """``y + sum_j a_j (h k_j)`` rounded to the dtypes that f receives; ``terms`` are ``[leaf][stage]``."""
@@ -156,79 +158,54 @@ class _Batch:
         # what moves all times of a sample when its first one does
         self.moved = every - every.detach() if self.taped and problem.time_needs_grad else None
         self.sign = problem.sign
-        self.time = self.output_times[:, 0].clone()
-        self.due = torch.ones_like(self.time, dtype=torch.int64)
-        self.attempts = torch.zeros_like(self.due)
-        self.previous, self.one_before = torch.ones_like(self.time), torch.ones_like(self.time)
-        self.rejected_size, self.rejected_ratio = (torch.full_like(self.time, math.inf) for _ in range(2))
-        self.worst_noise = torch.zeros_like(self.time)
-        self.accepted = torch.zeros_like(self.due)
-        self.rejected = torch.zeros_like(self.due)
-        self.steps: list[BatchStep] = []
-        self.result: list[list[Tensor]] = [
-            [leaf.to(dtype) for leaf, dtype in zip(self.y, problem.output_dtypes, strict=True)]
-        ]
-        empty = [torch.full_like(leaf, math.nan) for leaf in self.result[0]]
-        self.result += [[leaf.clone() for leaf in empty] for _ in range(self.output_times.shape[1] - 1)]
+        start = self.output_times[:, 0].clone()
         with torch.no_grad():
-            self.h = self._first_step()
+            h = self._first_step(start)
+        self.control = BatchControl(self.options, problem.method.control_order, start, h, self.roundoff > 0)
+        # index of the next output of each sample, its time, and the step at which the last one was reached
+        self.due = torch.ones_like(start, dtype=torch.int64)
+        self.next_time = self.output_times[:, 1].clone()
+        self.reached_at = torch.zeros_like(self.due)
+        self.active = torch.ones_like(self.due, dtype=torch.bool)
+        self.accepted = torch.zeros(self.stages.samples, dtype=torch.int64, device=start.device)
+        self.attempted = torch.zeros_like(self.accepted)
+        self.worst_noise = 0.0
+        self.steps: list[BatchStep] = []
+        first = [leaf.to(dtype) for leaf, dtype in zip(self.y, problem.output_dtypes, strict=True)]
+        self.result: list[list[Tensor]] = [first]
+        for _ in range(self.output_times.shape[1] - 1):
+            self.result.append([torch.full_like(leaf.detach(), math.nan) for leaf in first])
 
     def run(self) -> list[Tensor]:
-        outputs = self.output_times.shape[1]
-        worst = torch.zeros((), dtype=self.time.dtype, device=self.time.device)
-        counts = torch.zeros((2, self.stages.samples), dtype=torch.int64, device=self.time.device)
-        while True:
-            self._step()
-            active = self.due < outputs
-            over = active & (self.attempts >= self.options.max_num_steps)
-            stuck = active & (self._end() == self.time)
-            # the one look at the device in a step
-            going, too_many, underflow = torch.stack([active, over, stuck]).cpu().unbind(0)
-            every = slice(None) if self.rows is None else self.rows
-            counts[0, every], counts[1, every] = self.accepted, self.rejected
-            worst = torch.maximum(worst, self.worst_noise.max())
-            if not bool(going.any()):
-                break
-            if bool(too_many.any()):
-                raise self._error(too_many, f"max_num_steps exceeded ({self.options.max_num_steps})")
-            if bool(underflow.any()):
-                raise self._error(underflow, "underflow in the step size")
-            self._drop_done_tiles(going)
-        self.problem.batch_steps = self.steps
-        if self.roundoff and float(worst) > 1.0:
-            warn_of_rounding(self.problem, float(worst))
-        if self.problem.stats is not None:
-            accepted, rejected = counts.tolist()
-            self.problem.stats.accepted_of_sample, self.problem.stats.rejected_of_sample = accepted, rejected
+        """Takes steps until every sample has reached its last time."""
+        problem = self.problem
+        while not self._step():
+            pass
+        problem.batch_steps = self.steps
+        if self.roundoff:
+            worst = max(self.worst_noise, float(self.control.worst_noise.max()))
+            if worst > 1.0:
+                warn_of_rounding(problem, worst)
+        if problem.stats is not None:
+            problem.stats.accepted_of_sample = self.accepted.tolist()
+            problem.stats.rejected_of_sample = (self.attempted - self.accepted).tolist()
         return [torch.stack([row[leaf] for row in self.result]) for leaf in range(len(self.y))]
 
-    def _error(self, mask: Tensor, what: str) -> RuntimeError:
-        sample = int(mask.nonzero()[0])
-        index = sample if self.rows is None else int(self.rows[sample])
-        return RuntimeError(
-            f"{what} for sample {index} at t = {float(self.time[sample]):.6g}, with steps of"
-            f" {float(self.h[sample]):.3g}: func may be stiff, not finite or singular there, or the tolerances below"
-            " what its precision can reach"
-        )
-
-    def _end(self) -> Tensor:
-        return self.time + self.sign * self.h.clamp(self.options.min_step, self.options.max_step)
-
-    def _step(self) -> None:
-        """Attempts a step of every sample that is under way."""
-        options, tableau, stages = self.options, self.stages.tableau, self.stages
-        active = self.due < self.output_times.shape[1]
-        size = self.h.clamp(options.min_step, options.max_step)
-        h = torch.where(active, self.sign * size, 0.0)
-        end = self.time + h
-        step = BatchStep(self.rows, self.time, h)
-        x, terms = self.x, [[term] for term in stages.increments(self.k, h)]
+    def _step(self) -> bool:
+        """Attempts a step of every sample that is under way; says whether all are done."""
+        control, tableau, stages, active = self.control, self.stages.tableau, self.stages, self.active
+        h = torch.where(active, self.sign * control.h, 0.0)
+        start, end = control.time, control.time + h
+        times = self._times(start, h)
+        sizes = stages.sizes(h)
+        x, terms = self.x, [[term] for term in stages.increments(self.k, sizes)]
         for i, inputs in tableau.stages_before_end:
-            self._append(terms, stages.evaluate(self._times(step, i), stages.combined(self.y, terms, inputs)), h)
+            k = stages.evaluate(times[i], stages.combined(self.y, terms, inputs))
+            self._append(terms, stages.increments(k, sizes))
         x_next = stages.combined(self.y, terms, tableau.stage_inputs[-1])
         # also where the error is known without it: some samples will accept the step, and outputs may lie in it
-        k_last = stages.evaluate(self._times(step, tableau.stages - 1), x_next)
-        self._append(terms, k_last, h)
+        k_last = stages.evaluate(times[-1], x_next)
+        self._append(terms, stages.increments(k_last, sizes))
         with torch.no_grad():
             y_next, ratio, noise = self._errors(terms)
         if self.taped:
@@ -237,26 +214,64 @@ class _Batch:
                 combine(state, stages.one, state.dtype, update.weights, None, update.pick(of_leaf))
                 for state, of_leaf in zip(self.y, terms, strict=True)
             ]
-        accepted = active & self._judge(size, ratio, noise)
-        failed = accepted & ~torch.isfinite(ratio)
-        if options.min_step > 0 and bool(failed.any()):
-            raise self._error(failed.cpu(), "non-finite values in the state after a step that min_step forced,")
-        step.h = torch.where(accepted, h, 0.0)
-        self._write(step, terms, accepted, end)
+        stuck = active & (end == start)
+        accepted = active & control.judge(ratio, noise)
+        if self.options.min_step > 0:
+            stuck |= accepted & ~torch.isfinite(ratio)
+        crossing = accepted & (self.sign * (end - self.next_time) >= 0)
+        # the one look at the device in a step
+        any_crossing, any_stuck = torch.stack([crossing.any(), stuck.any()]).tolist()
+        if any_stuck:
+            raise self._error(stuck, "the step size has no effect, or the state is not finite,")
+        if self.problem.stats is not None:
+            self._count(accepted)
+        step = BatchStep(self.rows, start, torch.where(accepted, h, 0.0))
         if self.checkpoints is not None:
             self.checkpoints.store(x, None, ())
         self.steps.append(step)
-        self.time = torch.where(accepted, end, self.time)
+        if any_crossing:
+            self._write(step, terms, accepted, end)
+        control.time = torch.where(accepted, end, start)
         self.y = self._chosen(accepted, y_next, self.y)
         self.x = self._chosen(accepted, x_next, self.x)
         self.k = self._chosen(accepted, k_last, self.k)
+        if any_crossing:
+            return self._drop_done_tiles()
+        self._check_count()
+        return False
 
-    def _times(self, step: BatchStep, stage: int) -> Tensor:
-        time = self.stages.times(step, stage)
-        return time if self.moved is None else time + self.moved[:, 0].to(time.dtype).reshape(self.stages.time_shape)
+    def _count(self, accepted: Tensor) -> None:
+        rows = slice(None) if self.rows is None else self.rows
+        self.accepted[rows] += accepted
+        self.attempted[rows] += self.active
 
-    def _append(self, terms: list[list[Tensor]], k: Sequence[Tensor], h: Tensor) -> None:
-        for of_leaf, term in zip(terms, self.stages.increments(k, h), strict=True):
+    def _check_count(self) -> None:
+        most = self.options.max_num_steps
+        if len(self.steps) < most:
+            return
+        too_many = self.active & (len(self.steps) - self.reached_at >= most)
+        if bool(too_many.any()):
+            raise self._error(too_many, f"max_num_steps exceeded ({most})")
+
+    def _error(self, mask: Tensor, what: str) -> RuntimeError:
+        sample = int(mask.nonzero()[0])
+        index = sample if self.rows is None else int(self.rows[sample])
+        return RuntimeError(
+            f"{what} for sample {index} at t = {float(self.control.time[sample]):.6g}, with steps of"
+            f" {float(self.control.h[sample]):.3g}: func may be stiff, not finite or singular there, or the tolerances"
+            " below what its precision can reach"
+        )
+
+    def _times(self, start: Tensor, h: Tensor) -> list[Tensor]:
+        times = self.stages.times(start, h)
+        if self.moved is None:
+            return times
+        moved = self.moved[:, 0].to(times[0].dtype).reshape(self.stages.time_shape)
+        return [time + moved for time in times]
+
+    @staticmethod
+    def _append(terms: list[list[Tensor]], increments: Sequence[Tensor]) -> None:
+        for of_leaf, term in zip(terms, increments, strict=True):
             of_leaf.append(term)
 
     def _chosen(self, mask: Tensor, one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
@@ -281,7 +296,7 @@ class _Batch:
                 sums = self._sums(leaf, y, new, used, e)
             y_next.append(new)
             squares.append(sums / self.sizes[leaf])
-        largest = torch.stack(squares).amax(0).to(self.time.dtype)
+        largest = torch.stack(squares).amax(0).to(self.output_times.dtype)
         ratio = (largest[:, 0] - largest[:, 1]).clamp(min=0).sqrt()
         return y_next, torch.where(torch.isnan(ratio), math.inf, ratio), largest[:, 1].sqrt()
 
@@ -312,36 +327,6 @@ class _Batch:
         allowed: Tensor = bounds[0] + bounds[1] * magnitude
         return allowed
 
-    def _judge(self, size: Tensor, ratio: Tensor, noise: Tensor) -> Tensor:
-        """Which steps stand, and the sizes of the next ones; as :class:`rampde.control.AdaptiveSteps`."""
-        options = self.options
-        accepted = (ratio <= 1.0) | (size <= options.min_step)
-        limited = ~accepted & (noise > 0) & torch.isfinite(ratio) & torch.isfinite(self.rejected_ratio)
-        limited &= ratio > self.rejected_ratio * (size / self.rejected_size) ** NOISE_LIMITED
-        noise = torch.where(limited, torch.maximum(noise, ratio), noise)
-        ratio = torch.where(limited, ratio.clamp(max=1.0), ratio)
-        accepted = accepted | limited
-        p, i, d = options.coefficients
-        positive = ratio.clamp(min=torch.finfo(ratio.dtype).tiny)
-        factor = options.safety * positive ** (-(p + i + d) / self.order)
-        factor = factor * self.previous ** ((p + 2 * d) / self.order) * self.one_before ** (-d / self.order)
-        smallest = torch.full_like(ratio, options.dfactor)
-        if not (p or d):
-            smallest = torch.where(ratio < 1.0, 1.0, smallest)
-        factor = torch.maximum(factor, smallest).clamp(max=options.ifactor)
-        factor = torch.where(torch.isfinite(ratio), factor, options.dfactor)
-        active = self.due < self.output_times.shape[1]
-        self.h = torch.where(active, (size * factor).clamp(options.min_step, options.max_step), self.h)
-        self.one_before = torch.where(accepted, self.previous, self.one_before)
-        self.previous = torch.where(accepted, positive, self.previous)
-        self.rejected_size = torch.where(accepted, math.inf, size)
-        self.rejected_ratio = torch.where(accepted, math.inf, ratio)
-        self.worst_noise = torch.where(accepted, torch.maximum(self.worst_noise, noise), self.worst_noise)
-        self.accepted += accepted & active
-        self.rejected += ~accepted & active
-        self.attempts += active
-        return accepted
-
     def _write(self, step: BatchStep, terms: list[list[Tensor]], accepted: Tensor, end: Tensor) -> None:
         """Writes the outputs that lie in the step."""
         reached = accepted[:, None] & (self.sign * (end[:, None] - self.output_times) >= 0)
@@ -365,48 +350,53 @@ class _Batch:
                     self.result[index][leaf] = torch.where(chosen, value, target)
                 else:
                     self.result[index][leaf] = target.index_copy(0, rows, torch.where(chosen, value, target[rows]))
-        reached_count = reached.sum(1)
-        self.due = self.due + reached_count
-        self.attempts = torch.where(reached_count > 0, 0, self.attempts)
+        count = reached.sum(1)
+        last = self.output_times.shape[1] - 1
+        self.due = self.due + count
+        self.next_time = self.output_times.gather(1, self.due.clamp(max=last)[:, None])[:, 0]
+        self.active = self.due <= last
+        self.reached_at = torch.where(count > 0, len(self.steps), self.reached_at)
 
-    def _drop_done_tiles(self, going: Tensor) -> None:
-        """Takes tiles of which no sample is under way out of the batch."""
+    def _drop_done_tiles(self) -> bool:
+        """Takes tiles of which no sample is under way out of the batch; says whether none is left."""
+        going = self.active.cpu()
+        if not bool(going.any()):
+            return True
         tile = self.options.batch_tile
         if tile is None or bool(going.all()):
-            return
-        kept = [chunk for chunk in torch.arange(len(going)).split(tile) if bool(going[chunk].any())]
-        indices = torch.cat(kept)
-        if len(indices) == len(going):
-            return
-        indices = indices.to(self.time.device)
+            return False
+        kept = torch.cat([chunk for chunk in torch.arange(len(going)).split(tile) if bool(going[chunk].any())])
+        if len(kept) == len(going):
+            return False
+        indices = kept.to(self.due.device)
+        if self.roundoff:
+            self.worst_noise = max(self.worst_noise, float(self.control.worst_noise.max()))
         self.rows = indices if self.rows is None else self.rows[indices]
+        self.control.keep(indices)
         for name in ("y", "x", "k"):
             setattr(self, name, [leaf[indices] for leaf in getattr(self, name)])
-        for name in (
-            "output_times", "time", "due", "attempts", "previous", "one_before", "rejected_size", "rejected_ratio",
-            "worst_noise", "accepted", "rejected", "h",
-        ):  # fmt: skip
+        for name in ("output_times", "due", "next_time", "reached_at", "active"):
             setattr(self, name, getattr(self, name)[indices])
         if self.moved is not None:
             self.moved = self.moved[indices]
+        return False
 
-    def _first_step(self) -> Tensor:
+    def _first_step(self, start: Tensor) -> Tensor:
         """Sizes of the first steps, as :meth:`rampde.error_norm.ErrorNorm.first_step` for each sample."""
         if self.options.first_step is not None:
-            return torch.full_like(self.time, self.options.first_step)
+            return torch.full_like(start, self.options.first_step)
         y = [leaf.detach() for leaf in self.y]
         k = [value.detach().to(leaf.dtype) for value, leaf in zip(self.k, y, strict=True)]
         allowed = [self._allowed(leaf, self._magnitude(leaf, state)) for leaf, state in enumerate(y)]
         of_state, of_velocity = self._row_norm(y, allowed), self._row_norm(k, allowed)
         small = (of_state < 1e-5) | (of_velocity < 1e-5)
         guess = torch.where(small, 1e-6, 0.01 * of_state / torch.where(small, 1.0, of_velocity))
-        step = BatchStep(None, self.time, self.sign * guess)
-        terms = [[term] for term in self.stages.increments(k, step.h)]
+        terms = [[term] for term in self.stages.increments(k, self.stages.sizes(self.sign * guess))]
         x = [
             rk_stage(state, of_leaf, self.stages.one, [1.0], dtype)
             for state, of_leaf, dtype in zip(y, terms, self.problem.velocity.dtypes, strict=True)
         ]
-        time = (step.start + step.h).to(self.problem.velocity.spec.time_dtype).reshape(self.stages.time_shape)
+        time = (start + self.sign * guess).to(self.problem.velocity.spec.time_dtype).reshape(self.stages.time_shape)
         moved = self.stages.evaluate(time, x)
         changes = [new.detach().to(old.dtype) - old for new, old in zip(moved, k, strict=True)]
         change = (self._row_norm(changes, allowed) - self.roundoff * of_velocity).clamp(min=0) / guess
@@ -420,5 +410,5 @@ class _Batch:
         norms = []
         for value, bound, size in zip(values, allowed, self.sizes, strict=True):
             ratio = torch.where(value == 0, 0.0, value / bound)
-            norms.append((ratio.reshape(len(ratio), -1).square().sum(1).to(self.time.dtype) / size).sqrt())
+            norms.append((ratio.reshape(len(ratio), -1).square().sum(1).to(self.output_times.dtype) / size).sqrt())
         return torch.stack(norms).amax(0)

@@ -96,13 +96,14 @@ class PerSampleSweep(Sweep):
         y = self.checkpoints.states[number]
         graphs: list[Stage] = []
         terms: list[list[Tensor]] = [[] for _ in y]
+        sizes, times = stages.sizes(step.h), stages.times(step.start, step.h)
         for i in range(count):
             x = [leaf.detach() for leaf in y] if i == 0 else stages.combined(y, terms, tableau.stage_inputs[i])
-            time = stages.times(step, i)
+            time = times[i]
             if self.problem.time_needs_grad:
                 time = time.detach().requires_grad_()
             graphs.append(Stage(time, x, stages.evaluate(time, x, graph=True)))
-            increments = stages.increments([value.detach() for value in graphs[-1].k], step.h)
+            increments = stages.increments([value.detach() for value in graphs[-1].k], sizes)
             for of_leaf, term in zip(terms, increments, strict=True):
                 of_leaf.append(term)
         return graphs, terms
