@@ -14,7 +14,7 @@ from rampde.checkpoint import Checkpoints
 from rampde.control import AdaptiveSteps, Attempt, Control, EqualSteps, TooManySteps
 from rampde.error_norm import ErrorNorm, velocity_roundoff, warn_of_rounding
 from rampde.events import EventSearch
-from rampde.grid import Output, TimeGrid
+from rampde.grid import Output, TimeGrid, time_dtype
 from rampde.ops import rk_stage, rk_update
 from rampde.options import AdaptiveOptions, EqualOptions
 from rampde.problem import Problem, Stage
@@ -46,17 +46,18 @@ class AttemptedSteps:
         return [*(attempt.start for attempt in self.attempts[:1]), *(attempt.end for attempt in self.attempts)]
 
     def tensors(self, attempt: Attempt) -> tuple[Tensor, Sequence[Tensor]]:
-        """Step size and stage times of ``attempt``."""
+        """Step size and stage times of ``attempt``, in one transfer to the device."""
         start, end, h, after_jump, before_jump = attempt
-        wide = torch.float32 if self._device.type == "mps" else torch.float64
-        values = [end if node == 1.0 else start + node * h for node in self._nodes]
-        times = torch.tensor(values, dtype=self._dtype, device=self._device)
+        wide = time_dtype(self._device)
+        values = [h, *[end if node == 1.0 else start + node * h for node in self._nodes]]
+        numbers = torch.tensor(values, dtype=wide, device=self._device)
+        times = numbers[1:].to(self._dtype)
         if after_jump or before_jump:
             for stage, node in enumerate(self._nodes):
                 if (node == 0.0 and after_jump) or (node == 1.0 and before_jump):
                     inner = end if node == 0.0 else start
                     times[stage] = torch.nextafter(times[stage], times.new_tensor(inner))
-        return torch.tensor(h, dtype=wide, device=self._device), times.unbind(0)
+        return numbers[0], times.unbind(0)
 
 
 @dataclass(slots=True)
