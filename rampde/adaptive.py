@@ -104,6 +104,11 @@ class Arithmetic:
             time = time.detach().requires_grad_()
         return Stage(time, x, self.velocity.evaluate_with_graph(time, x))
 
+    def evaluate_again(self, time: Tensor, x: list[Tensor]) -> Stage:
+        """Another stage where f was evaluated at ``x`` already."""
+        # aliases: they become leaves of another graph
+        return self.evaluate(time, [leaf.detach() for leaf in x])
+
     def stage_input(self, y: list[Tensor], k: list[list[Tensor]], h: Tensor, inputs: Combination) -> list[Tensor]:
         return [
             rk_stage(state, of_leaf if inputs.dense else inputs.pick(of_leaf), h, inputs.weights, dtype)
@@ -360,7 +365,7 @@ class Loop:
         end, sign = trial.attempt.end, self.sign
         _, times = arithmetic.steps.tensors(Attempt(end, end + sign, sign, after_jump=True))
         random = arithmetic.random()
-        return arithmetic.evaluate(times[0], [leaf.detach() for leaf in trial.x_next]), random
+        return arithmetic.evaluate_again(times[0], trial.x_next), random
 
     def _write_outputs(self, y: list[Tensor], trial: Trial) -> bool:
         """Writes the outputs that lie in the step; says whether they were the last ones."""

@@ -10,8 +10,11 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeVar
 
+from torch import Tensor
+
 Coefficient = int | float | Fraction
 Velocity = TypeVar("Velocity")
+Number = TypeVar("Number", float, Tensor)
 Tree = tuple["Tree", ...]  # a rooted tree is the tuple of its subtrees
 
 MAX_STAGES = 16
@@ -109,9 +112,9 @@ class ButcherTableau:
 
     @cached_property
     def nodes(self) -> tuple[float, ...]:
-        """``c`` as floats."""
+        """``c`` as floats; the ends of the step, which rounded coefficients may miss, are 0 and 1."""
         assert self.c is not None
-        return tuple(float(node) for node in self.c)
+        return tuple(float(round(node)) if _equal(node, round(node)) else float(node) for node in self.c)
 
     @cached_property
     def stage_inputs(self) -> tuple[Combination, ...]:
@@ -196,7 +199,7 @@ class EmbeddedTableau(ButcherTableau):
         if self.middle is None:
             return
         middle = _numbers("middle", self.middle)
-        count = len(self.closed.b)
+        count = len(close(self).b)
         if not self.stages <= len(middle) <= count:
             raise ValueError(f"middle has {len(middle)} weights, expected {count}")
         if not _equal(sum(middle), Fraction(1, 2)):
@@ -250,7 +253,7 @@ class ClosedTableau(ButcherTableau):
         count = self.attempted
         return [float(b) for b in self.b[:count]], [float(e) for e in self.error[:count]]
 
-    def weights_at(self, theta: float) -> list[float]:
+    def weights_at(self, theta: Number) -> list[Number]:
         """``w_i(theta)`` of all stages."""
         return [theta * _horner(row, theta) for row in self.interpolant]
 
@@ -298,8 +301,8 @@ def close(
     return ClosedTableau(a=rows, b=weights, error=errors, interpolant=interpolant)
 
 
-def _horner(coefficients: Sequence[float], x: float) -> float:
-    total = 0.0
+def _horner(coefficients: Sequence[float], x: Number) -> Number:
+    total = 0.0 * x
     for coefficient in reversed(coefficients):
         total = total * x + coefficient
     return total

@@ -61,6 +61,9 @@ class TapedArithmetic(Arithmetic):
             time = time + self.shift.to(time.dtype)
         return Stage(time, x, self.velocity.evaluate(time, x))
 
+    def evaluate_again(self, time: Tensor, x: list[Tensor]) -> Stage:
+        return self.evaluate(time, x)
+
     def stage_input(self, y: list[Tensor], k: list[list[Tensor]], h: Tensor, inputs: Combination) -> list[Tensor]:
         return [
             combine(state, h, dtype, inputs.weights, None, inputs.pick(of_leaf))
@@ -85,18 +88,19 @@ class TapedArithmetic(Arithmetic):
     def output(
         self, y: list[Tensor], trial: Trial, theta: float, index: int, dtypes: Sequence[torch.dtype]
     ) -> list[Tensor]:
-        weights: Sequence[float | Tensor] = self.tableau.weights_at(theta)
+        where = torch.tensor(theta, dtype=trial.h.dtype, device=trial.h.device)
         if self.shift is not None and not self.problem.event_at(index):
-            # in time theta the slopes are the derivatives of the weights
-            moved = self.points[index] - self.points[index].detach() - self.shift
-            slopes = self.tableau.slopes_at(theta)
-            weights = [w + slope * moved / trial.h for w, slope in zip(weights, slopes, strict=True)]
+            where = where + (self.points[index] - self.points[index].detach() - self.shift) / trial.h
+        weights = [
+            weight * trial.h if any(row) else None
+            for weight, row in zip(self.tableau.weights_at(where), self.tableau.interpolant, strict=True)
+        ]
         results = []
         for state, of_leaf, dtype in zip(y, trial.k, dtypes, strict=True):
             total = state
             for weight, value in zip(weights, of_leaf, strict=False):
-                if isinstance(weight, Tensor) or weight != 0.0:
-                    total = total + torch.as_tensor(weight * trial.h).to(total.dtype) * value.to(total.dtype)
+                if weight is not None:
+                    total = total + weight.to(total.dtype) * value.to(total.dtype)
             results.append(total.to(dtype))
         return results
 

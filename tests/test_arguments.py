@@ -175,16 +175,7 @@ def test_tolerance_that_does_not_broadcast(name: str) -> None:
     ("", '""'),
     ("RK4", "RK4"),
     ("rk4 ", "rk4 "),
-    ("gl4", "gl4"),
-    ("implicit_adams", "implicit_adams"),
-    ("scipy_solver", "scipy_solver"),
-    (None, "None"),
-    ("dopri5", "dopri5"),
-    ("dopri8", "dopri8"),
-    ("tsit5", "tsit5"),
-    ("bosh3", "bosh3"),
-    ("fehlberg2", "fehlberg2"),
-    ("adaptive_heun", "adaptive_heun"),
+    ("dopri", "dopri"),
     (4, "4"),
     (4.0, "4.0"),
     (True, "True"),
@@ -287,9 +278,20 @@ def test_perturb(value: object, given: str) -> None:
     check_odeint("perturb", given, options={"perturb": value})
 
 
-@cases((lambda t, y: y.sum(), "event_fn"), (3, "event_fn"))
+@cases((3, "3"), ("event", "'event'"), (Y, "tensor"))
 def test_event_fn(value: object, given: str) -> None:
     check_odeint("event_fn", given, event_fn=value)
+
+
+def test_event_fn_with_fixed_steps_needs_their_size() -> None:
+    check_odeint("step_size", "event_fn", event_fn=lambda t, y: y.sum(), t=T[:2])
+
+
+def test_event_fn_needs_two_times() -> None:
+    func = Counting()
+    with pytest.raises(ValueError, match=r"len\(t\) == 2 when in event handling mode, but got len\(t\)=3"):
+        odeint(func, Y, T, method="rk4", event_fn=lambda t, y: y.sum(), options={"step_size": 0.1})
+    assert func.calls == 0
 
 
 @cases(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rampde import METHODS, ButcherTableau, odeint, register_method
+from rampde import METHODS, ButcherTableau, EmbeddedTableau, odeint, register_method
+from rampde.methods import ADAPTIVE, FIXED
 from rampde.tableau import density, rooted_trees
 
 # the rules as printed in Hairer, Norsett, Wanner I (tables II.1.1 and II.1.2) and in Ralston's paper:
@@ -97,7 +98,7 @@ def cooper_verner8() -> ButcherTableau:
 @pytest.mark.parametrize("name", PRINTED)
 def test_built_in_coefficients_are_the_printed_ones(name: str) -> None:
     a, b, c, order = PRINTED[name]
-    tableau = METHODS[name]
+    tableau = FIXED[name]
     assert [list(row) for row in tableau.a] == a
     assert list(tableau.b) == b
     assert tableau.c is not None
@@ -107,7 +108,7 @@ def test_built_in_coefficients_are_the_printed_ones(name: str) -> None:
 
 
 def test_no_built_in_method_goes_unchecked() -> None:
-    assert set(PRINTED) == set(METHODS)
+    assert set(PRINTED) == set(FIXED)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_consistency_is_exact_for_fractions_and_close_for_floats() -> None:
 
 
 def test_rows_may_carry_their_zeros_and_nodes_may_be_left_out() -> None:
-    short = METHODS["rk4"]
+    short = FIXED["rk4"]
     full = ButcherTableau(
         a=[[0, 0, 0, 0], [F(1, 3), 0, 0, 0], [F(-1, 3), 1, 0, 0], [1, -1, 1, 0]],
         b=tuple(short.b),
@@ -170,7 +171,7 @@ def test_rows_may_carry_their_zeros_and_nodes_may_be_left_out() -> None:
 
 def test_a_tableau_does_not_change() -> None:
     with pytest.raises(AttributeError):
-        METHODS["rk4"].b = (1,)  # type: ignore[misc]
+        FIXED["rk4"].b = (1,)  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -199,14 +200,14 @@ def test_registered_method_by_name_and_tableau_directly(registry: None) -> None:
     # the same tableau again is no conflict, another one is
     register_method("butcher6", ButcherTableau(a=BUTCHER6, b=BUTCHER6_B))
     with pytest.raises(ValueError, match="butcher6"):
-        register_method("butcher6", METHODS["euler"])
+        register_method("butcher6", FIXED["euler"])
     with pytest.raises(ValueError, match="rk9"):
         odeint(rotation, Y0, T, method="rk9")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FIXED)
 def test_floats_and_fractions_give_the_same_solution(name: str) -> None:
-    exact = METHODS[name]
+    exact = FIXED[name]
     rounded = ButcherTableau(a=[[float(x) for x in row] for row in exact.a], b=[float(x) for x in exact.b])
     assert torch.equal(odeint(rotation, Y0, T, method=name), odeint(rotation, Y0, T, method=rounded))
 
@@ -264,3 +265,109 @@ def test_negative_weights_and_unused_first_stage() -> None:
     y = odeint(lambda t, y: 2 * t, torch.zeros((), dtype=torch.float64), T, method=tableau)
     # a second-order rule integrates 2 t exactly
     assert (y - T.square()).abs().max() <= 4 * torch.finfo(torch.float64).eps
+
+
+# order of the method, order in the step size of its estimated error, evaluations in a step after the first one
+PAIRS = {
+    "dopri8": (8, 8, 13),
+    "dopri5": (5, 5, 6),
+    "tsit5": (5, 5, 6),
+    "bosh3": (3, 3, 3),
+    "fehlberg2": (2, 2, 3),
+    "adaptive_heun": (2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_orders_of_pairs(name: str) -> None:
+    tableau = ADAPTIVE[name]
+    order, control_order, evaluations = PAIRS[name]
+    assert (tableau.order, tableau.control_order) == (order, control_order)
+    closed = tableau.closed
+    assert closed.stages - 1 == evaluations
+    # the last stage is the first of the next step
+    assert list(closed.a[-1]) == list(closed.b[:-1])
+    assert closed.b[-1] == 0
+    assert closed.nodes[-1] == 1.0
+    # rounded coefficients do not lead beyond the end of the step
+    assert all(0.0 <= node <= 1.0 for node in closed.nodes)
+    assert closed.order == order
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_interpolant_meets_both_ends_with_the_slopes_there(name: str) -> None:
+    closed = ADAPTIVE[name].closed
+    first, last = [1.0, *[0.0] * (closed.stages - 1)], [*[0.0] * (closed.stages - 1), 1.0]
+    # sums of coefficients up to a few thousands, in dopri8
+    close = {"abs": 1e-11}
+    assert closed.weights_at(0.0) == [0.0] * closed.stages
+    assert closed.weights_at(1.0) == pytest.approx([float(b) for b in closed.b], **close)
+    assert closed.slopes_at(0.0) == pytest.approx(first, **close)
+    assert closed.slopes_at(1.0) == pytest.approx(last, **close)
+    for theta in (0.3, 0.5, 0.9):
+        assert sum(closed.weights_at(theta)) == pytest.approx(theta, **close)
+        assert sum(closed.slopes_at(theta)) == pytest.approx(1.0, **close)
+
+
+def test_pair_from_the_literature_is_the_built_in_one() -> None:
+    error = [b - e for b, e in zip([*DOPRI5_B, 0], DOPRI5_EMBEDDED, strict=True)]
+    pair = EmbeddedTableau(a=[*DOPRI5, DOPRI5_B], b=[*DOPRI5_B, 0], error=error)
+    assert pair.control_order == 5
+    built_in = ADAPTIVE["dopri5"]
+    assert [list(row) for row in built_in.a] == [list(row) for row in pair.a]
+    # Shampine's error estimate is another one of the same order
+    assert list(built_in.b) == list(pair.b)
+    y = odeint(rotation, Y0, T[[0, -1]], method=pair, rtol=1e-8, atol=1e-8, options={"step_t": [1.0]})
+    by_name = odeint(rotation, Y0, T[[0, -1]], method="dopri5", rtol=1e-8, atol=1e-8, options={"step_t": [1.0]})
+    assert (y - by_name).abs().max() <= 1e-7
+
+
+def test_method_without_the_stage_at_the_end_gets_it() -> None:
+    heun = ADAPTIVE["adaptive_heun"]
+    assert heun.stages == 2
+    assert heun.closed.stages == 3
+    assert heun.closed.attempted == 2
+    assert ADAPTIVE["dopri5"].closed.attempted == 7
+
+
+HEUN = {"a": [[], [1]], "b": [F(1, 2), F(1, 2)]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "error has 0 weights, expected 2"),
+        ({"error": [0]}, "error has 1 weights, expected 2"),
+        ({"error": [F(1, 2), F(1, 2)]}, "error sums to 1, expected 0"),
+        ({"error": [1e-9, 0]}, "error sums to 1e-09, expected 0"),
+        ({"error": [1, -1], "middle": [F(1, 2)]}, "middle has 1 weights, expected 3"),
+        ({"error": [1, -1], "middle": [F(1, 2), 0, 0, 0]}, "middle has 4 weights, expected 3"),
+        ({"error": [1, -1], "middle": [1, 0]}, "middle sums to 1, expected 1/2"),
+        ({"error": [1, -1], "b": [1, 1]}, "b sums to 2, expected 1"),
+        ({"error": [math.nan, 0]}, r"error\[0\] is nan, expected a finite number"),
+    ],
+)
+def test_embedded_tableau_checks_its_arguments(changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbeddedTableau(**{**HEUN, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"error": 1}, {"error": "ab"}, {"error": ["a", 0]}, {"error": [1, -1], "middle": 2}]
+)
+def test_embedded_tableau_wants_numbers(changes: Any) -> None:
+    with pytest.raises(TypeError, match=r"error|middle"):
+        EmbeddedTableau(**{**HEUN, **changes})
+
+
+def test_registered_pair_is_adaptive(registry: None) -> None:
+    pair = EmbeddedTableau(**HEUN, error=[F(-1, 2), F(1, 2)])
+    register_method("mine", pair)
+    y = odeint(rotation, Y0, T, method="mine", rtol=1e-4, atol=1e-4)
+    assert torch.equal(y, odeint(rotation, Y0, T, method="adaptive_heun", rtol=1e-4, atol=1e-4))
+
+
+def test_rounded_nodes_at_the_ends_are_the_ends() -> None:
+    tableau = ButcherTableau(a=[[], [0.6], [0.6, 0.3], [0.6, 0.3, 0.1]], b=[0.25] * 4)
+    assert 0.6 + 0.3 + 0.1 != 1.0
+    assert tableau.nodes[-1] == 1.0
