@@ -234,3 +234,46 @@ def test_graphs_alive_in_the_sweep():
         del y
         assert alive == 0
     assert peaks == {"step": 4, "none": 40}
+
+
+def count_adaptive(steps, precision=None, checkpoint=None):
+    """Operators of the forward and of the backward pass of that many equal dopri5 steps."""
+    torch.manual_seed(0)
+    net = Net()
+    forward, backward = Count(), Count()
+    y0 = torch.randn(16, 2)
+    options = {"first_step": 1.0, "max_step": 1.0}
+    grad = checkpoint is not None
+    # the last output lies inside of the last step
+    t = torch.tensor([0.0, steps - 0.5])
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", precision, enabled=precision is not None):
+        with forward:
+            y = odeint(net, y0, t, rtol=1e3, atol=1e3, options=options, checkpoint=checkpoint or "step")
+        forward_evaluations, net.evaluations = net.evaluations, 0
+        if grad:
+            loss = y[-1].sum()
+            with backward:
+                loss.backward()
+    return forward, backward, forward_evaluations, net.evaluations
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("checkpoint", [None, "none", "step"])
+def test_an_adaptive_step(checkpoint, precision):
+    few, many = (count_adaptive(steps, precision, checkpoint) for steps in (FEW, MANY))
+    steps = MANY - FEW
+    forward, backward = ({name: n / steps for name, n in (many[i] - few[i]).items() if n} for i in (0, 1))
+    # the input of the last stage is the state at the end of the step; the operator of the error completes the step
+    assert of_rampde(forward) == {"rk_stage": 6, "rk_error": 1}
+    # the times of the stages and the step size, made once a step, and the state detached from the last stage
+    few_floor, many_floor = (count(n, "step", precision, checkpoint is not None, floor=True)[0] for n in (FEW, MANY))
+    of_f = 6 / 4 * of_aten(many_floor - few_floor) / steps
+    assert of_aten(forward) - of_f <= 12
+    assert (many[2] - few[2]) / steps == 6
+    assert (many[3] - few[3]) / steps == (6 if checkpoint == "step" else 0)
+    if checkpoint is not None:
+        expected = {"adjoint_stage": 6, "adjoint_update": 1, "accumulate_gradients": 1}
+        if checkpoint == "step":
+            expected["rk_stage"] = 5
+        assert of_rampde(backward) == expected
+        assert not any(name.endswith(HOST_READS) for name in backward)
