@@ -2,7 +2,7 @@
 #
 #   make test                           style, types and the tests that are not slow
 #   make demo                           trains a flow in 32 and in 16 bits, side by side
-#   make gpu-check OUT=folder           build, all tests, both benchmarks; on a GPU, or as a rehearsal without
+#   make gpu-check OUT=folder           build, all tests, the benchmarks; on a GPU, or as a rehearsal without
 #   make gpu-check VENV= PYTHON=python3 the same with an interpreter that has torch already; no network is used
 
 PYTHON ?= python3
@@ -10,8 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # where benchmarks write; empty: bench/results/<GPU or CPU>
 OUT ?=
-# what gpu-check does, of: tests kernels solvers
-CHECKS ?= tests kernels solvers
+# what gpu-check does, of: tests kernels solvers adaptive
+CHECKS ?= tests kernels solvers adaptive
 JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -75,6 +75,7 @@ demo: $(INSTALLED)
 bench: $(INSTALLED)
 	$(RUN) -m bench.kernels $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.solvers $(if $(OUT),--out $(OUT))
+	$(RUN) -m bench.adaptive $(if $(OUT),--out $(OUT))
 
 gpu-check: $(INSTALLED)
 	$(RUN) -m bench.check $(CHECKS) $(if $(OUT),--out $(OUT))
