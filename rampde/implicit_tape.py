@@ -86,7 +86,7 @@ class _Recorder:
             inputs = [solver.stage_input(i, y, h, self.solution) for i in block.stages]
             times = self.times.detach()
             stages = [solver.evaluate(i, times[i], x) for i, x in zip(block.stages, inputs, strict=True)]
-            return solver.linearize(stages).system(block, h, 0.0)
+            return solver.system(solver.linearize(stages), block, h, 0.0)
 
     def _evaluate(self, block: Block) -> Tensor:
         """(m, n) f at the stages of a block, on the tape."""

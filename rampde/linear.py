@@ -105,7 +105,7 @@ class Derivative:
         self._dtypes = [layout.dtype] * len(stage.x)
         # cotangents, the products with them, and the inputs that these are for
         self._linear: tuple[list[Tensor], list[Tensor], list[int]] | None = None
-        self._product: Product | None = None
+        self._attempt = 0  # which way of taking products with the Jacobian has not failed yet
 
     def matrix(self) -> Tensor:
         """The (size, size) Jacobian, row by row from products with its transpose."""
@@ -138,16 +138,13 @@ class Derivative:
         The derivative of the vector-Jacobian product, which is linear in its cotangent, where f can be differentiated
         twice: it costs no evaluation of f, and holds the random numbers fixed. Else forward mode; else a difference.
         """
-        if self._product is not None:
-            return self._product(v)
-        for attempt in (self._double_product, self._forward_product):
+        while self._attempt < 2:
+            # not the method itself, which would keep this and its graphs alive until a garbage collection
+            method = self._forward_product if self._attempt else self._double_product
             try:
-                result = attempt(v)
+                return method(v)
             except (RuntimeError, NotImplementedError):
-                continue
-            self._product = attempt
-            return result
-        self._product = self._difference
+                self._attempt += 1
         return self._difference(v)
 
     def _double_product(self, v: Tensor) -> Tensor:

@@ -108,32 +108,26 @@ class Failure:
 class Linearization:
     """The derivative of the equations of a block, with the Jacobian at each of its stages."""
 
-    def __init__(self, solver: StageSolver, stages: Sequence[Stage]) -> None:
-        self.solver = solver
-        self.derivatives = [Derivative(stage, solver.layout, solver.problem.velocity) for stage in stages]
-        self.jacobians: Tensor | None = None
-        if solver.dense:
-            self.jacobians = torch.stack([derivative.matrix() for derivative in self.derivatives])
-            self.derivatives = []  # and with them the graphs
+    def __init__(self, derivatives: Sequence[Derivative], dense: bool) -> None:
+        self._jacobians = torch.stack([derivative.matrix() for derivative in derivatives]) if dense else None
+        # with matrices the graphs are not needed any more
+        self._derivatives = [] if dense else derivatives
         self._factored: tuple[float, Block, System] | None = None
 
-    def system(self, block: Block, h: Tensor, length: float) -> System:
-        """Newton's equations for a step ``h``, about ``length`` on the host."""
+    def system(self, block: Block, coupling: Tensor, h: Tensor, length: float, forcing: float) -> System:
+        """Newton's equations of ``block``, with ``coupling``, for a step ``h``, about ``length`` on the host."""
         if self._factored is not None:
             factored, of_block, system = self._factored
             if of_block.coupling == block.coupling and abs(length - factored) <= SAME_STEP * abs(factored):
                 return system
-        system = self._new_system(block, h)
+        if self._jacobians is not None:
+            system = DenseSystem(self._jacobians, coupling, h)
+        else:
+            products = [derivative.product for derivative in self._derivatives]
+            transposed = [derivative.transposed_product for derivative in self._derivatives]
+            system = KrylovSystem(products, transposed, coupling, h, forcing, MAX_PRODUCTS)
         self._factored = (length, block, system)
         return system
-
-    def _new_system(self, block: Block, h: Tensor) -> System:
-        coupling = self.solver.coupling(block)
-        if self.jacobians is not None:
-            return DenseSystem(self.jacobians, coupling, h)
-        products = [derivative.product for derivative in self.derivatives]
-        transposed = [derivative.transposed_product for derivative in self.derivatives]
-        return KrylovSystem(products, transposed, coupling, h, self.solver.forcing, MAX_PRODUCTS)
 
 
 class StageSolver:
@@ -228,7 +222,12 @@ class StageSolver:
 
     def linearize(self, stages: Sequence[Stage]) -> Linearization:
         """The derivative of the stage equations at ``stages``, which carry their graphs."""
-        return Linearization(self, stages)
+        velocity = self.problem.velocity
+        return Linearization([Derivative(stage, self.layout, velocity) for stage in stages], self.dense)
+
+    def system(self, linearization: Linearization, block: Block, h: Tensor, length: float) -> System:
+        """Newton's equations of ``block`` for a step ``h``, about ``length`` on the host."""
+        return linearization.system(block, self.coupling(block), h, length, self.forcing)
 
     def solve(self, step: int, y: Tensor, h: Tensor, times: Sequence[Tensor]) -> list[Tensor]:
         """(n,) velocities of all stages of ``step`` from the state ``y``; a failure is noted in ``failures``."""
@@ -373,7 +372,7 @@ class _Equations:
         solver, m = self.solver, len(self.block.stages)
         if anew or m not in solver.linearizations:
             solver.linearizations[m] = solver.linearize(iterate.stages)
-        system = solver.linearizations[m].system(self.block, self.h, self.length)
+        system = solver.system(solver.linearizations[m], self.block, self.h, self.length)
         correction = system.solve(iterate.residual)
         if isinstance(system, KrylovSystem):
             # a product costs about as much as ten of those that form a matrix, and is needed again and again

@@ -1,7 +1,9 @@
 """Implicit methods forward: convergence, stiff problems, both linear solvers, precision, what goes wrong."""
 
+import gc
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -361,6 +363,28 @@ def test_what_needs_no_gradient_keeps_nothing(grad: bool) -> None:
     with torch.inference_mode():
         same = odeint(lambda t, y: -y, torch.ones(3), torch.linspace(0, 1, 3), method="gl6")
     assert torch.equal(y, same)
+
+
+@pytest.mark.parametrize("linear_solver", SOLVERS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_graphs_are_freed_without_a_garbage_collection(grad: bool, linear_solver: str) -> None:
+    results: list[weakref.ref[Tensor]] = []
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        k = torch.sin(y)
+        results.append(weakref.ref(k))
+        return k
+
+    y0 = torch.ones(3, requires_grad=grad)
+    gc.disable()
+    try:
+        y = odeint(f, y0, torch.linspace(0, 1, 5), method="gl4", options={"linear_solver": linear_solver})
+        assert not any(k() is not None for k in results)
+        if grad:
+            y.sum().backward()
+            assert not any(k() is not None for k in results)
+    finally:
+        gc.enable()
 
 
 def test_an_exception_in_f_leaves_everything_as_it_was() -> None:
