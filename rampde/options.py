@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -108,12 +109,10 @@ class AdaptiveOptions:
             if not 0 <= number < math.inf:
                 raise ValueError(f"min_step is {options['min_step']!r}, expected a number that is not negative")
         if "max_num_steps" in options:
-            count = options["max_num_steps"]
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"max_num_steps is {count!r}, expected an integer")
-            if count < 1:
-                raise ValueError(f"max_num_steps is {count!r}, expected a positive integer")
-            values["max_num_steps"] = count
+            count = _number("max_num_steps", options["max_num_steps"])
+            if count < 1 or not count.is_integer():
+                raise ValueError(f"max_num_steps is {count:g}, expected a positive integer")
+            values["max_num_steps"] = int(count)
         for name in ("step_t", "jump_t"):
             if options.get(name) is not None:
                 values[name] = _times(name, options[name])
@@ -189,7 +188,8 @@ def _number(name: str, value: object) -> float:
         if value.numel() != 1:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected a single number")
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    # NumPy's numbers are real ones too
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}, expected a positive number")
     return float(value)
 

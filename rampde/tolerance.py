@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -78,9 +79,9 @@ def _bound(name: str, value: object, leaf: Leaf) -> Bound:
 def _check_number(name: str, number: object, given: object) -> float:
     if isinstance(number, Tensor) and number.dim() == 0:
         number = number.item()
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{name} is {given!r}, expected a number, or one for each tensor of y0")
-    if not number >= 0:
+    if not float(number) >= 0:
         raise ValueError(f"{name} is {given!r}, expected a number that is not negative")
     return float(number)
 
