@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rampde import grid as grids
 from rampde.autocast import switched_off
-from rampde.checkpoint import POLICIES
+from rampde.checkpoint import POLICIES, tape_is_needed
 from rampde.events import EventSearch
 from rampde.families import EMBEDDED, Family, family_of
 from rampde.methods import DEFAULT, get_method
@@ -87,6 +87,12 @@ def read_arguments(
         raise TypeError(f"checkpoint is {checkpoint!r}, expected one of {named(POLICIES)}")
     if checkpoint not in POLICIES:
         raise ValueError(f'checkpoint is "{checkpoint}", expected one of {named(POLICIES)}')
+    if tape_is_needed():
+        if not family.has_tape:
+            raise RuntimeError(
+                f'method "{name}" has no forward mode and no torch.func transforms, expected another one'
+            )
+        checkpoint = "tape"
     for flag, value in (("compensated", compensated), ("progress", progress)):
         if not isinstance(value, bool):
             raise TypeError(f"{flag} is {value!r}, expected True or False")

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.stages import evaluate_stages, evaluate_tensor_stages
 
 POLICIES = ("step", "none", "tape")
+
+
+def tape_is_needed() -> bool:
+    """Whether forward mode or a transform of ``torch.func`` is active, which see through the tape alone."""
+    in_forward_mode: bool = forward_ad._current_level >= 0
+    return in_forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Checkpoints(Protocol):

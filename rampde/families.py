@@ -29,12 +29,14 @@ class Family:
         solve: takes the problem and the leaves of y0 to the states that it returns.
         callbacks: attributes of f that are called during a solve.
         steps_on_the_way: whether its steps can be decided on the way, so that it can end at an event.
+        has_tape: whether plain autograd can go through its steps, as forward mode and ``torch.func`` need.
     """
 
     options: OptionNames
     solve: Callable[[Problem, list[Tensor]], list[Tensor]]
     callbacks: tuple[str, ...] = CALLBACKS[:1]
     steps_on_the_way: bool = False
+    has_tape: bool = True
 
 
 def _names(options: type) -> tuple[str, ...]:
@@ -45,9 +47,12 @@ EMBEDDED = Family(ADAPTIVE, solve, CALLBACKS, steps_on_the_way=True)
 EXPLICIT = Family(FIXED, solve, steps_on_the_way=True)
 ADAMS = Family(FIXED.with_known(_names(AdamsOptions)), solve_multistep)
 SCIPY = Family(
-    OptionNames(_names(ScipyOptions), ("norm", "grid_points", "eps", "step_size")), solve_with_scipy, callbacks=()
+    OptionNames(_names(ScipyOptions), ("norm", "grid_points", "eps", "step_size")),
+    solve_with_scipy,
+    callbacks=(),
+    has_tape=False,
 )
-IMPLICIT = Family(FIXED.with_known(_names(NewtonOptions)), solve_implicit)
+IMPLICIT = Family(FIXED.with_known(_names(NewtonOptions)), solve_implicit, has_tape=False)
 
 
 def family_of(method: object) -> Family:

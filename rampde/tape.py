@@ -40,6 +40,21 @@ class Combination(torch.autograd.Function):
         ctx.y_dtype, ctx.dtype, ctx.a = y.dtype, dtype, a
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        y, h, dtype, a, compensation, *k = inputs
+        y_dim, h_dim, _, _, compensation_dim, *k_dims = in_dims
+        if h_dim is not None or (compensation is not None and compensation_dim is None):
+            raise RuntimeError("step sizes and compensated sums cannot be batched by torch.func.vmap")
+
+        def batched(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        # elementwise: a further dimension changes nothing
+        terms = [batched(value, dim) for value, dim in zip(k, k_dims, strict=True)]
+        compensation = None if compensation is None else compensation.movedim(compensation_dim, 0)
+        return Combination.apply(batched(y, y_dim).contiguous(), h, dtype, a, compensation, *terms), 0  # type: ignore[no-untyped-call]
+
+    @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         h, *k = ctx.saved_tensors
         grad = grad_outputs[0].to(accumulation_dtype(ctx.y_dtype))
