@@ -2,6 +2,7 @@
 
 from rampde.continuous_adjoint import odeint_adjoint
 from rampde.dense import DenseSolution, odeint_dense
+from rampde.implicit_tableau import ImplicitTableau
 from rampde.methods import METHODS, register_method
 from rampde.odeint import odeint
 from rampde.odeint_event import odeint_event
@@ -17,6 +18,7 @@ __all__ = [
     "DenseSolution",
     "DynamicScaler",
     "EmbeddedTableau",
+    "ImplicitTableau",
     "SolveStats",
     "Stats",
     "__version__",

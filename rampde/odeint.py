@@ -48,18 +48,22 @@ def odeint(
             that broadcast to y0, or one of these for each tensor of y0.
         method: with adaptive steps "dopri5" (the default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun";
             with fixed steps "euler", "midpoint", "heun2", "heun3", "ralston", "rk4" (the 3/8 rule, as in
-            torchdiffeq), "rk4_classic"; a name given to :func:`rampde.register_method`; a
-            :class:`rampde.EmbeddedTableau` or a :class:`rampde.ButcherTableau`.
-        options: of adaptive methods ``first_step``, ``safety``, ``ifactor``, ``dfactor``, ``min_step``, ``max_step``,
-            ``max_num_steps`` (between two output times, 100,000), ``step_t``, ``jump_t``, ``norm``, ``dtype``,
-            ``controller`` ("I", "PI", "PID") with ``pcoeff``, ``icoeff``, ``dcoeff``, see
-            :class:`rampde.options.AdaptiveOptions`; of fixed-step methods ``step_size`` (positive; default: the steps
-            end on the points of t), ``grid_constructor`` (``(func, y0, t) -> grid``), ``interp`` ("linear" or
-            "cubic", for outputs between steps), ``perturb`` (evaluate just inside the ends of a step).
+            torchdiffeq), "rk4_classic", the multistep "explicit_adams" and "implicit_adams", the implicit
+            "implicit_euler", "implicit_midpoint", "trapezoid", "gl4", "gl6", "radauIIA3", "radauIIA5", "sdirk2",
+            "trbdf2"; "scipy_solver"; a name given to :func:`rampde.register_method`; a tableau
+            (:class:`rampde.EmbeddedTableau`, :class:`rampde.ButcherTableau`, :class:`rampde.ImplicitTableau`).
+        options: of adaptive methods those of :class:`rampde.options.AdaptiveOptions`, ``controller`` ("I", "PI",
+            "PID") with ``pcoeff``, ``icoeff``, ``dcoeff``, and ``batch_axis`` (0: every sample has steps of its own;
+            ``t`` may then be (batch, T), and f receives times of shape (batch, 1, ..., 1)); of fixed-step methods
+            ``step_size`` (positive; default: the steps end on the points of t), ``grid_constructor``
+            (``(func, y0, t) -> grid``), ``interp`` ("linear" or "cubic", for outputs between steps), ``perturb``
+            (evaluate just inside the ends of a step), and those of :class:`rampde.newton.NewtonOptions` (implicit
+            methods) and :class:`rampde.adams.AdamsOptions`; of "scipy_solver" those of
+            :class:`rampde.scipy_solver.ScipyOptions`.
         event_fn: ``event_fn(t, y)`` returns a tensor. The solve ends where its least element, each taken with the
             sign that makes it positive at the start, becomes zero; of ``t``, which must have two times, the second
-            only says in which direction to go. Methods with fixed steps need ``step_size``. See also
-            :func:`rampde.odeint_event`.
+            only says in which direction to go. Methods with fixed steps need ``step_size``. The event's time has no
+            gradient here: :func:`rampde.odeint_event` gives it.
         loss_scaler: None scales the adjoint dynamically where float16 takes part; False does not; a
             :class:`rampde.DynamicScaler` does at any precision. Any other object, such as a
             ``torch.amp.GradScaler``, means that the caller scales the loss: not scaled here, and gradients are all
