@@ -46,6 +46,7 @@ class Parameters:
         checked: whether it is an error when f uses a further tensor that requires a gradient.
         opaque: whether f keeps tensors where they cannot be found but by evaluating it.
         retain_graph: whether the way from f to one of them may lead through what was computed outside of f.
+        related: whether one of them was computed from another one.
     """
 
     tensors: list[Tensor]
@@ -54,6 +55,7 @@ class Parameters:
     checked: bool = True
     opaque: bool = False
     retain_graph: bool = False
+    related: bool = False
 
 
 @dataclass

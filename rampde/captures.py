@@ -168,14 +168,40 @@ def _origins(tensor: Tensor, candidates: dict[Edge, Tensor]) -> list[Tensor]:
     return found
 
 
-def find_related(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """One of ``tensors``, and another one that it was computed from."""
+def any_related(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of ``tensors`` was computed from another one."""
     candidates = {_edge(tensor): tensor for tensor in tensors}
-    for tensor in tensors:
-        origins = [] if tensor.grad_fn is None else _origins(tensor, candidates)
-        if origins:
-            return tensor, origins[0]
-    return None
+    return any(tensor.grad_fn is not None and _origins(tensor, candidates) for tensor in tensors)
+
+
+def own_shares(tensors: Sequence[Tensor], totals: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients with respect to ``tensors`` as if none of them was computed from another one.
+
+    ``totals`` are the gradients along all paths, those that lead from one of the tensors to another one included.
+    """
+    places = {_edge(tensor): place for place, tensor in enumerate(tensors)}
+    candidates = {_edge(tensor): tensor for tensor in tensors}
+    origins = [
+        set() if tensor.grad_fn is None else {places[_edge(origin)] for origin in _origins(tensor, candidates)}
+        for tensor in tensors
+    ]
+    shares, done, pending = list(totals), list[int](), set(range(len(tensors)))
+    while pending:
+        # from which nothing that is left was computed
+        ready = pending.difference(*(origins[place] for place in pending))
+        for place in ready:
+            through = [other for other in done if place in origins[other]]
+            if through:
+                (passed,) = torch.autograd.grad(
+                    [tensors[other] for other in through],
+                    tensors[place],
+                    [shares[other].to(tensors[other].dtype) for other in through],
+                    retain_graph=True,
+                )
+                shares[place] = shares[place] - passed.to(shares[place].dtype)
+        done += ready
+        pending -= ready
+    return shares
 
 
 def find_unknown_leaf(k: Sequence[Tensor], known: Iterable[Tensor]) -> Tensor | None:

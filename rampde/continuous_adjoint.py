@@ -29,7 +29,7 @@ from rampde.augmented import (
     split,
 )
 from rampde.autocast import switched_off
-from rampde.captures import Captures, find_related, hooks_muted, reachable_tensors, record
+from rampde.captures import Captures, any_related, hooks_muted, own_shares, reachable_tensors, record
 from rampde.methods import get_method
 from rampde.odeint import odeint
 from rampde.scaling import DynamicScaler, automatic_scaler
@@ -178,18 +178,14 @@ def _given_parameters(func: object, given: Iterable[Tensor]) -> Parameters:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"adjoint_params[{index}] is a {type(tensor).__name__}, expected a tensor")
     tensors = _differentiable(candidates)
-    related = find_related(tensors)
-    if related is not None:
-        computed, origin = (f"a tensor of shape {list(tensor.shape)}" for tensor in related)
-        raise ValueError(
-            f"adjoint_params has {computed} that was computed from another one, {origin}, whose gradient would be"
-            " counted twice, expected tensors that do not depend on each other"
-        )
+    related = any_related(tensors)
     excluded = any(not tensor.requires_grad for tensor in candidates)
     known = {id(tensor) for tensor in tensors}
     # only then, as compiled code cannot keep its graph
     computed_outside = any(not tensor.is_leaf and id(tensor) not in known for tensor in reachable_tensors(func))
-    return Parameters(tensors, len(tensors), excluded, checked=False, retain_graph=computed_outside)
+    return Parameters(
+        tensors, len(tensors), excluded, checked=False, retain_graph=computed_outside or related, related=related
+    )
 
 
 def _found_parameters(func: Any, found: Captures | None) -> Parameters:
@@ -281,6 +277,9 @@ class _ContinuousAdjoint(torch.autograd.Function):
             system = AugmentedSystem(problem, parameters, norm)
             with switched_off(solution.device):
                 of_y0, of_times, of_parameters = system.solve(times, solution, cotangent)
+            if problem.parameters.related:
+                # autograd passes on what comes to one of them through another one
+                of_parameters = own_shares(parameters, of_parameters)
             gradients: list[Tensor | None] = [
                 None if of_times is None else of_times.to(t),
                 *(gradient.to(leaf.real_dtype) for gradient, leaf in zip(of_y0, leaves, strict=True)),

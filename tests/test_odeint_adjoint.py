@@ -491,12 +491,6 @@ class TestCaptures:
         check(lambda t, y: torch.tanh(y @ computed), [w], adjoint_params=[w])
         check(lambda t, y: torch.tanh(y @ computed), [w], adjoint_params=[computed])
 
-    def test_given_parameters_that_depend_on_each_other(self) -> None:
-        w = torch.randn(4, 4, dtype=F64, requires_grad=True)
-        computed = w.exp()[0]
-        with pytest.raises(ValueError, match=r"shape \[4\] that was computed from another one, .*\[4, 4\]"):
-            odeint_adjoint(lambda t, y: y * computed, start(), EVEN, adjoint_params=[w, computed], **RK4)
-
     def test_replica(self) -> None:
         """torch.nn.DataParallel: a replica has plain tensors as attributes, and no parameters."""
         net, expected = Net(), Net()
