@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rampde.control import NOISE_LIMITED
+from rampde.control import BLIND_GROWTH, MOST_NOISE, NOISE_LIMITED, VISIBLE_NOISE
 from rampde.options import AdaptiveOptions
 
 
@@ -17,7 +17,7 @@ class BatchControl:
     Attributes:
         time: (R,) where each sample is.
         h: (R,) > 0, the size of its next step.
-        worst_noise: (R,) share of rounding in its error, in units of the tolerance, in its worst step.
+        worst_noise: (R,) what rounding brought into its worst step, in units of the tolerance.
     """
 
     VECTORS = ("time", "h", "worst_noise", "_previous", "_one_before", "_rejected_size", "_rejected_ratio")
@@ -42,13 +42,11 @@ class BatchControl:
         if options.min_step > 0:
             accepted |= size <= options.min_step
         if self._noisy:
-            limited = ~accepted & (noise > 0) & torch.isfinite(ratio) & torch.isfinite(self._rejected_ratio)
+            limited = ~accepted & (ratio <= MOST_NOISE * noise) & torch.isfinite(self._rejected_ratio)
             limited &= ratio > self._rejected_ratio * (size / self._rejected_size) ** NOISE_LIMITED
             noise = torch.where(limited, torch.maximum(noise, ratio), noise)
             ratio = torch.where(limited, ratio.clamp(max=1.0), ratio)
             accepted = accepted | limited
-            self._rejected_size = torch.where(accepted, math.inf, size)
-            self._rejected_ratio = torch.where(accepted, math.inf, ratio)
             self.worst_noise = torch.where(accepted, torch.maximum(self.worst_noise, noise), self.worst_noise)
         p, i, d = options.coefficients
         # an infinite error gives 0, which the smallest factor replaces
@@ -62,6 +60,12 @@ class BatchControl:
         else:
             smallest = torch.where(ratio < 1.0, 1.0, options.dfactor)
             factor = torch.maximum(factor, smallest).clamp(max=options.ifactor)
+        if self._noisy:
+            growth = torch.where(torch.isfinite(self._rejected_ratio), 1.0, BLIND_GROWTH)
+            hidden = (ratio < noise) & (noise > VISIBLE_NOISE)
+            factor = torch.where(hidden, torch.minimum(factor, growth), factor)
+            self._rejected_size = torch.where(accepted, math.inf, size)
+            self._rejected_ratio = torch.where(accepted, math.inf, ratio)
         self.h = self._clamped(size * factor)
         return accepted
 

@@ -9,8 +9,13 @@ from typing import NamedTuple, Protocol
 
 from rampde.options import AdaptiveOptions
 
-# steps at the same place that one after another failed to lower the error as their size did
+# an error that falls from one attempt to the next by less than this power of the step size is not one of truncation
 NOISE_LIMITED = 2.0
+# how many times the rounding that is expected the error may then be, for f that rounds more inside than at its ends
+MOST_NOISE = 3.0
+# where rounding brings this part of the tolerance into a step and hides its error, the next one may be far too large:
+# it grows by no more than this
+VISIBLE_NOISE, BLIND_GROWTH = 0.5, 5.0
 
 
 class Attempt(NamedTuple):
@@ -33,8 +38,8 @@ class Control(Protocol):
         """The next step to attempt."""
 
     def judge(self, attempt: Attempt, ratio: float, noise: float) -> bool:
-        """Whether the attempt stands; ``ratio`` is its error and ``noise`` the share of rounding in it, both in units
-        of the tolerance."""
+        """Whether the attempt stands; ``ratio`` is its error and ``noise`` what rounding brings into the step, both in
+        units of the tolerance."""
 
     def new_interval(self) -> None:
         """An output time was reached."""
@@ -125,7 +130,7 @@ class AdaptiveSteps:
         self._step_times = options.stops(options.step_t, start, sign)
         self._jump_times = options.stops(options.jump_t, start, sign)
         self._rejected: tuple[float, float] | None = None
-        # share of rounding in the error of the worst step so far
+        # what rounding brought into the worst step so far
         self.worst_noise = 0.0
 
     def propose(self) -> Attempt:
@@ -168,10 +173,14 @@ class AdaptiveSteps:
             # of a truncation error nothing is left by now: what remains is the rounding of f, which smaller steps
             # only make more of
             last_size, last_ratio = self._rejected
-            accepted = math.isfinite(ratio) and ratio > last_ratio * (size / last_size) ** NOISE_LIMITED
+            accepted = last_ratio * (size / last_size) ** NOISE_LIMITED < ratio <= MOST_NOISE * noise
             noise = max(noise, ratio) if accepted else noise
             ratio = min(ratio, 1.0) if accepted else ratio
-        self.h = min(max(size * self._growth.factor(ratio, accepted), options.min_step), options.max_step)
+        factor = self._growth.factor(ratio, accepted)
+        if ratio < noise and noise > VISIBLE_NOISE:
+            # none at all from a size that has just been found after a larger one failed
+            factor = min(factor, BLIND_GROWTH if self._rejected is None else 1.0)
+        self.h = min(max(size * factor, options.min_step), options.max_step)
         if accepted:
             self.worst_noise = max(self.worst_noise, noise)
             self.time = attempt.end

@@ -16,18 +16,35 @@ from rampde.tableau import ClosedTableau
 from rampde.tolerance import Bound
 
 ROUNDOFF = 2.0
-"""Rounding of a 16-bit velocity in units of its roundoff: that of its input, and that of its own."""
+"""Rounding of a 16-bit velocity in units of its unit roundoff: that of its input, and that of its own."""
 
 
-def velocity_roundoff(problem: Problem, k: Sequence[Tensor]) -> float:
-    """Relative rounding of the velocities ``k`` where 16 bits take part, else 0: what wider velocities lose lies
-    below every sensible tolerance."""
-    velocity = problem.velocity
-    dtypes = [*velocity.dtypes, *(value.dtype for value in k)]
-    if velocity.autocast.enabled:
-        dtypes.append(velocity.autocast.dtype)
-    epsilons = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]
-    return ROUNDOFF * max(epsilons) / 2 if epsilons else 0.0
+class Rounding:
+    """What the rounding of 16-bit velocities is in the error of a step.
+
+    Of a velocity k_i rounding leaves ``u k_i`` open. In the estimated error it shows as ``h u |(e_i k_i)|``, in the
+    state at the end of the step as ``h u |(b_i k_i)|``, which is larger by about ``|b| / |e|``. An error below the
+    latter is not worth a smaller step: the step itself brings as much.
+
+    Attributes:
+        unit: twice the unit roundoff; 0 where velocities have 32 bits or more, whose rounding lies below every
+            sensible tolerance.
+        allowed: ``unit`` times ``|b| / |e|``: what is taken off the error, where velocities are multiplied with e.
+        visible: the share of ``allowed`` that shows in the estimated error.
+    """
+
+    def __init__(self, problem: Problem, k: Sequence[Tensor]) -> None:
+        """``k``: velocities that f returned."""
+        velocity, tableau = problem.velocity, problem.tableau
+        assert isinstance(tableau, ClosedTableau)
+        dtypes = [*velocity.dtypes, *(value.dtype for value in k)]
+        if velocity.autocast.enabled:
+            dtypes.append(velocity.autocast.dtype)
+        epsilons = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]
+        self.unit = ROUNDOFF * max(epsilons) / 2 if epsilons else 0.0
+        of_state, of_error = (math.hypot(*map(float, weights)) for weights in (tableau.b, tableau.error))
+        ratio = max(of_state / of_error, 1.0)
+        self.allowed, self.visible = self.unit * ratio, 1.0 / ratio
 
 
 def warn_of_rounding(problem: Problem, noise: float) -> None:
@@ -49,16 +66,16 @@ def warn_of_rounding(problem: Problem, noise: float) -> None:
 class ErrorNorm:
     """``norm(error / (atol + rtol max(|y|, |y_next|)))`` (Hairer, Norsett, Wanner I, II.4, eq. 4.10 and 4.11).
 
-    Of the estimated error, what the rounding of 16-bit velocities alone would make it is taken off: smaller steps do
-    not lower it, so that a controller that saw it would shrink them for ever.
+    What the rounding of 16-bit velocities brings into the step is taken off the estimated error, in squares: a
+    controller that saw it would shrink the steps for ever, since it falls only as h. See :class:`Rounding`.
 
     Attributes:
         fused: whether one operator updates the state and takes the norm: where the tolerances are numbers and the
             norm is the default one, on real leaves.
     """
 
-    def __init__(self, problem: Problem, norm: Callable[[Any], Any] | None, roundoff: float) -> None:
-        self.problem, self.norm, self.roundoff = problem, norm, roundoff
+    def __init__(self, problem: Problem, norm: Callable[[Any], Any] | None, rounding: Rounding) -> None:
+        self.problem, self.norm, self.rounding = problem, norm, rounding
         spec = problem.velocity.spec
         tolerance = problem.tolerance
         self.sizes = [max(leaf.shape.numel(), 1) for leaf in spec.leaves]
@@ -90,7 +107,7 @@ class ErrorNorm:
                 self.e,
                 tolerance.rtol[leaf],
                 tolerance.atol[leaf],
-                self.roundoff,
+                self.rounding.allowed,
                 1,
                 y_next[leaf],
                 None if rounded is None else rounded[leaf],
@@ -111,7 +128,7 @@ class ErrorNorm:
     ) -> tuple[float, float]:
         """As ``fused_update``, of a state of one tensor."""
         rtol, atol = self.problem.tolerance.rtol[0], self.problem.tolerance.atol[0]
-        sums = rk_error(y, k, h, self.b, self.e, rtol, atol, self.roundoff, 1, y_next)
+        sums = rk_error(y, k, h, self.b, self.e, rtol, atol, self.rounding.allowed, 1, y_next)
         square, of_rounding = sums.tolist()[0]
         if square != square:
             return math.inf, 0.0
@@ -132,12 +149,13 @@ class ErrorNorm:
             torch.maximum(one, other) for one, other in zip(self._magnitudes(y), self._magnitudes(y_next), strict=True)
         ]
         ratio = self._norm(errors, sizes)
-        if not self.roundoff:
+        if not self.rounding.unit:
             return ratio, 0.0
-        weights = [self.roundoff * e for e in self.e]
+        weights = [self.rounding.allowed * e for e in self.e]
         rounding = [_root_of_squares(of_leaf, weights, h) for of_leaf in used]
         noise = self._norm(rounding, sizes)
-        return math.sqrt(max(ratio**2 - noise**2, 0.0)) if math.isfinite(ratio) else ratio, noise
+        below = math.sqrt(max(ratio**2 - noise**2, 0.0)) if math.isfinite(ratio) else ratio
+        return below, noise
 
     def _magnitudes(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Absolute values, of complex leaves one for both parts."""
@@ -181,7 +199,7 @@ class ErrorNorm:
         moved = [value.detach() for value in velocity.evaluate(time, x)]
         changes = [new.to(old.dtype) - old for new, old in zip(moved, k, strict=True)]
         # a change that rounding alone would make says nothing about the problem
-        change = max(self._norm(changes, sizes) - self.roundoff * of_velocity, 0.0) / guess
+        change = max(self._norm(changes, sizes) - self.rounding.unit * of_velocity, 0.0) / guess
         if of_velocity <= 1e-15 and change <= 1e-15:
             step = max(1e-6, guess * 1e-3)
         else:
