@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rampde.adams import HIGHEST_ORDER, LEAST_HISTORY, LOWEST_ORDER, AdamsMethod, Formula, read_options
+from rampde.adams import LEAST_HISTORY, LOWEST_ORDER, AdamsMethod, Formula, read_options
 from rampde.captures import hooks_muted
 from rampde.control import Attempt
 from rampde.forward import _Outputs, _warn_of_overflow
@@ -38,8 +38,7 @@ def solve_multistep(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
         RuntimeError: f draws random numbers, which the iterations of the corrector or the recomputation cannot.
 
     Warns:
-        UserWarning: the corrector did not converge; ``max_order`` is too low to have an effect, or left so high that
-            the explicit method is hardly stable.
+        UserWarning: the corrector did not converge; ``max_order`` is too low to have an effect.
     """
     velocity, points = problem.velocity, problem.grid.points
     if not _uses_formulas(problem):
@@ -94,21 +93,13 @@ def solve_multistep(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
 
 def _uses_formulas(problem: Problem) -> bool:
     """Whether any step is not one of rk4."""
-    max_order, steps = read_options(problem.options).max_order, problem.grid.steps
+    max_order = read_options(problem.options).order_of(cast(AdamsMethod, problem.method))
     if max_order < LOWEST_ORDER:
         warnings.warn(
             f"max_order is below {LOWEST_ORDER}, so the solver reduces to `rk4`; it is {max_order}", stacklevel=4
         )
         return False
-    implicit = cast(AdamsMethod, problem.method).implicit
-    if not implicit and steps > HIGHEST_ORDER and problem.options.get("max_order") is None:
-        warnings.warn(
-            f"explicit_adams has a max_order of {max_order} by default, as in torchdiffeq, and is stable with it only"
-            " where the step size times |df/dy| stays below about 0.003; options={'max_order': 5} allows 0.3, at the"
-            " same order of convergence",
-            stacklevel=4,
-        )
-    return steps >= LEAST_HISTORY
+    return problem.grid.steps >= LEAST_HISTORY
 
 
 def _solve_one_step(problem: Problem, y0: list[Tensor]) -> list[Tensor]:

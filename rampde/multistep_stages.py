@@ -26,7 +26,7 @@ def formulas_of(problem: Problem) -> Formulas:
     """The formulas of all steps."""
     grid, precision = problem.grid, problem.velocity.spec.time_dtype
     method = cast(AdamsMethod, problem.method)
-    max_order = read_options(problem.options).max_order
+    max_order = read_options(problem.options).order_of(method)
     return Formulas(method, max_order, grid.points.detach(), grid.times, precision)
 
 

@@ -165,7 +165,7 @@ def test_formulas_can_be_asked_for_in_any_order() -> None:
 
 
 def test_options() -> None:
-    assert read_options({"step_size": 0.1, "max_order": None}) == AdamsOptions(max_order=12, max_iters=4)
+    assert read_options({"step_size": 0.1, "max_order": None}) == AdamsOptions(max_order=None, max_iters=4)
     assert read_options({"max_order": 5.0, "max_iters": 9}) == AdamsOptions(5, 9)
     for options, message in (
         ({"max_order": 13}, "max_order is 13, expected at most 12"),
