@@ -38,6 +38,9 @@ from rampde.statistics import new_solve
 from rampde.tableau import ButcherTableau
 from rampde.velocity import Velocity
 
+# options of the state's solve that mean nothing for the augmented state
+NOT_INHERITED = ("norm", "batch_axis", "batch_tile")
+
 
 def odeint_adjoint(
     func: Callable[[Tensor, Any], Any],
@@ -73,10 +76,11 @@ def odeint_adjoint(
             ``event_fn`` the gradients are those of integrating up to a given time: none flow through the event time.
         adjoint_rtol, adjoint_atol, adjoint_method: of the adjoint solve; None: those of the forward solve. A list of
             tolerances may have one for each of (t, y, adj_y, *params).
-        adjoint_options: options of the adjoint solve; None: ``options`` without "norm". Its "norm" is a function
-            of the tuple (t, y, adj_y, *params), or (t, *y, *adj_y, *params) where y0 is no tensor, or "seminorm",
-            the default norm without params. The default is the largest of ``|t|``, the norms of y and adj_y (that
-            of ``options``, else root mean square), and the root mean squares of params.
+        adjoint_options: options of the adjoint solve, in which all samples share the steps; None: ``options`` without
+            "norm", "batch_axis" and "batch_tile". Its "norm" is a function of the tuple (t, y, adj_y, *params), or
+            (t, *y, *adj_y, *params) where y0 is no tensor, or "seminorm", the default norm without params. The
+            default is the largest of ``|t|``, the norms of y and adj_y (that of ``options``, else root mean square),
+            and the root mean squares of params.
         adjoint_params: tensors to differentiate with respect to, besides y0 and t. None: the parameters of ``func``,
             and whatever else it was seen to use. Those that do not require a gradient are left out.
         loss_scaler: as in :func:`rampde.odeint`: None scales each cotangent of ``func`` where float16 takes part.
@@ -109,7 +113,7 @@ def odeint_adjoint(
             raise TypeError(f"{name} is a {type(value).__name__}, expected a dict")
     options = {} if options is None else options
     if adjoint_options is None:
-        adjoint_options = {name: value for name, value in options.items() if name != "norm"}
+        adjoint_options = {name: value for name, value in options.items() if name not in NOT_INHERITED}
     # read once: they may be generators, and both solves need them
     rtol, atol, adjoint_rtol, adjoint_atol = (_listed(tol) for tol in (rtol, atol, adjoint_rtol, adjoint_atol))
     get_method(adjoint_method)  # a wrong name is an error now, and not in the backward pass
