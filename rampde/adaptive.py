@@ -317,12 +317,18 @@ class Loop:
         self.rows.put(0, y)
         if self._ended(y):
             return self.course
+        measured_at: Stage | None = first  # before the loop, where it is measured at all
         while True:
             attempt = self._propose()
             if observer is not None:
                 observer.step(attempt, y)
             trial = arithmetic.attempt(y, first, compensation, attempt)
             self.latest = y, trial
+            if 1.0 < trial.ratio < math.inf and arithmetic.norm is not None and arithmetic.norm.measurable:
+                # before the step is given up: is it the rounding of f here?
+                if measured_at is not first:
+                    trial.ratio, trial.noise = arithmetic.norm.measure(y, first)
+                measured_at = first
             if not control.judge(attempt, trial.ratio, trial.noise):
                 if observer is not None:
                     observer.rejected(attempt, y, trial.ratio)
@@ -468,16 +474,17 @@ def run_loop(
         method = problem.method
         assert isinstance(method, EmbeddedTableau)
         order = method.control_order
+        if norm.measurable:
+            norm.measure(y, first)
         h = problem.control.first_step
         if h is None:
             with torch.no_grad():
                 h = norm.first_step(y, first, start, sign, order)
-        control = AdaptiveSteps(problem.control, order, start, sign, h)
+        control = AdaptiveSteps(problem.control, order, start, sign, h, 1.0 / norm.rounding.visible)
     course = Loop(problem, control, arithmetic, rows, checkpoints, problem.search).run(y, first)
-    if norm is not None and isinstance(control, AdaptiveSteps):
-        noise = norm.rounding.visible * control.worst_noise
-        if noise > 1.0:
-            warn_of_rounding(problem, noise)
+    if isinstance(control, AdaptiveSteps) and control.worst_noise > 1.0:
+        # rounding varies from step to step
+        warn_of_rounding(problem, control.worst_rounding, margin=2.0)
     problem.step_times = course.steps
     problem.grid = TimeGrid(problem.grid.points, course.steps.points or [start], course.outputs)
     if course.event_time is not None:

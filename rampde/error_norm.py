@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from rampde.ops import rk_error, rk_stage
 from rampde.problem import Problem, Stage
+from rampde.randomness import RandomState
 from rampde.tableau import ClosedTableau
 from rampde.tolerance import Bound
+
+FEW = 144  # elements of which a twelfth says little: all are moved
 
 ROUNDOFF = 2.0
 """Rounding of a 16-bit velocity in units of its unit roundoff: that of its input, and that of its own."""
@@ -47,8 +51,11 @@ class Rounding:
         self.allowed, self.visible = self.unit * ratio, 1.0 / ratio
 
 
-def warn_of_rounding(problem: Problem, noise: float) -> None:
-    """Warns that rounding alone makes errors ``noise`` times as large as the tolerances, and names reachable ones."""
+def warn_of_rounding(problem: Problem, noise: float, margin: float = 1.0) -> None:
+    """Warns that rounding alone makes errors ``noise`` times as large as the tolerances, and names reachable ones.
+
+    ``margin``: by how much more the rounding may be than was seen.
+    """
     tolerance, velocity = problem.tolerance, problem.velocity
     rtol, atol = (
         max(float(torch.as_tensor(bound).max()) for bound in bounds) for bounds in (tolerance.rtol, tolerance.atol)
@@ -56,8 +63,8 @@ def warn_of_rounding(problem: Problem, noise: float) -> None:
     dtype = velocity.autocast.dtype if velocity.autocast.enabled else velocity.dtypes[0]
     warnings.warn(
         f"rtol={rtol:g}, atol={atol:g} cannot be reached with velocities in {dtype}: their rounding alone makes errors"
-        f" {noise:.2g} times as large. About rtol={rtol * noise:.1g}, atol={atol * noise:.1g} is reachable: ask for"
-        " that, or evaluate func in float32",
+        f" {noise:.2g} times as large. About rtol={rtol * noise * margin:.1g}, atol={atol * noise * margin:.1g} is"
+        " reachable: ask for that, or evaluate func in float32",
         UserWarning,
         stacklevel=2,
     )
@@ -66,10 +73,19 @@ def warn_of_rounding(problem: Problem, noise: float) -> None:
 class ErrorNorm:
     """``norm(error / (atol + rtol max(|y|, |y_next|)))`` (Hairer, Norsett, Wanner I, II.4, eq. 4.10 and 4.11).
 
-    What the rounding of 16-bit velocities brings into the step is taken off the estimated error, in squares: a
-    controller that saw it would shrink the steps for ever, since it falls only as h. See :class:`Rounding`.
+    Of the estimated error, what the rounding of 16-bit velocities alone would make it is taken off, in squares: it
+    falls with the step size only, as does the error that rounding makes in the state itself, so that a controller that
+    saw it would shrink the steps and gain nothing.
+
+    How large that rounding is, relative to the velocity, depends on f: input and intermediate results are rounded, and
+    weights and cancellation magnify what comes of it. It is therefore measured, at the start and wherever a step fails:
+    f is evaluated once more with every twelfth element of its input moved by one unit in the last place, which moves
+    the input by as much as its rounding does, in the mean square (a twelfth of a unit squared). The result differs by
+    that and by two roundings of all that is in between, where an evaluation errs by one: it is at most ``sqrt(2)``
+    times too large.
 
     Attributes:
+        measurable: whether f rounds to 16 bits, and says the same when it is asked twice.
         fused: whether one operator updates the state and takes the norm: where the tolerances are numbers and the
             norm is the default one, on real leaves.
     """
@@ -77,6 +93,11 @@ class ErrorNorm:
     def __init__(self, problem: Problem, norm: Callable[[Any], Any] | None, rounding: Rounding) -> None:
         self.problem, self.norm, self.rounding = problem, norm, rounding
         spec = problem.velocity.spec
+        self.measurable = rounding.unit > 0.0
+        # by leaf; never less than what a single rounding of input and output makes
+        self.roundoffs = [rounding.unit for _ in spec.leaves]
+        # of the last step: error and rounding's share in it, squared, by leaf
+        self._parts: list[tuple[float, float]] = []
         tolerance = problem.tolerance
         self.sizes = [max(leaf.shape.numel(), 1) for leaf in spec.leaves]
         self.fused = norm is None and tolerance.uniform and not any(leaf.dtype.is_complex for leaf in spec.leaves)
@@ -107,7 +128,7 @@ class ErrorNorm:
                 self.e,
                 tolerance.rtol[leaf],
                 tolerance.atol[leaf],
-                self.rounding.allowed,
+                self.roundoffs[leaf],
                 1,
                 y_next[leaf],
                 None if rounded is None else rounded[leaf],
@@ -116,24 +137,58 @@ class ErrorNorm:
             for leaf, (state, of_leaf) in enumerate(zip(y, k, strict=True))
         ]
         values = sums[0].tolist() if len(sums) == 1 else torch.cat(sums).tolist()
-        ratio = noise = 0.0
-        for (square, of_rounding), size in zip(values, self.sizes, strict=True):
-            # nan must win
-            ratio = max(square / size - of_rounding / size, ratio) if square == square else math.inf
-            noise = max(noise, of_rounding / size)
-        return math.sqrt(max(ratio, 0.0)), math.sqrt(noise)
+        self._parts = [(square / size, share / size) for (square, share), size in zip(values, self.sizes, strict=True)]
+        return self._judged()
+
+    def _judged(self) -> tuple[float, float]:
+        """Error without rounding's share, and that share, of the worst leaf each."""
+        # nan must win
+        if any(math.isnan(square) for square, _ in self._parts):
+            return math.inf, 0.0
+        ratio = max(max(square - share, 0.0) for square, share in self._parts)
+        return math.sqrt(ratio), math.sqrt(max(share for _, share in self._parts))
+
+    def measure(self, y: Sequence[Tensor], at: Stage) -> tuple[float, float]:
+        """Measures the rounding of f at a stage of the state ``y``, and judges the last step anew."""
+        velocity, before = self.problem.velocity, list(self.roundoffs)
+        device = velocity.spec.device
+        random = RandomState.current(device)
+        unit = self.rounding.unit / (ROUNDOFF / 2)
+        with torch.no_grad(), _autocast_uncached():
+            moved = velocity.evaluate(at.time.detach(), [_moved_by(leaf.detach(), unit) for leaf in at.x])
+        if not random.equals(RandomState.current(device)):
+            # what f draws at random would count as rounding
+            random.restore()
+            self.measurable = False
+            return self._judged() if self._parts else (0.0, 0.0)
+        y = [leaf.detach() for leaf in y]
+        k = [value.detach().to(leaf.dtype) for value, leaf in zip(at.k, y, strict=True)]
+        changes = [new.detach().to(leaf.dtype) - old for new, old, leaf in zip(moved, k, y, strict=True)]
+        sizes = self._magnitudes(y)
+        pairs = zip(self._ratios(changes, sizes), self._ratios(k, sizes), self.sizes, strict=True)
+        for leaf, (change, whole, size) in enumerate(pairs):
+            of_change, of_whole = _root_mean_square(change, size), _root_mean_square(whole, size)
+            if math.isfinite(of_change) and of_whole > 0:
+                self.roundoffs[leaf] = max(self.rounding.unit, of_change / of_whole)
+        if not self._parts:
+            return 0.0, 0.0
+        factors = [(new / old) ** 2 for old, new in zip(before, self.roundoffs, strict=True)]
+        if self.norm is not None:
+            # the user's norm has taken all leaves together
+            factors = [max(factors)]
+        self._parts = [(square, share * f) for (square, share), f in zip(self._parts, factors, strict=True)]
+        return self._judged()
 
     def fused_tensor_update(
         self, y: Tensor, k: Sequence[Tensor], h: Tensor, y_next: Tensor | None
     ) -> tuple[float, float]:
         """As ``fused_update``, of a state of one tensor."""
         rtol, atol = self.problem.tolerance.rtol[0], self.problem.tolerance.atol[0]
-        sums = rk_error(y, k, h, self.b, self.e, rtol, atol, self.rounding.allowed, 1, y_next)
-        square, of_rounding = sums.tolist()[0]
-        if square != square:
-            return math.inf, 0.0
+        sums = rk_error(y, k, h, self.b, self.e, rtol, atol, self.roundoffs[0], 1, y_next)
+        square, share = sums.tolist()[0]
         size = self.sizes[0]
-        return math.sqrt(max(square - of_rounding, 0.0) / size), math.sqrt(of_rounding / size)
+        self._parts = [(square / size, share / size)]
+        return self._judged()
 
     def measured(
         self, y: Sequence[Tensor], y_next: Sequence[Tensor], k: Sequence[Sequence[Tensor]], h: Tensor
@@ -148,14 +203,24 @@ class ErrorNorm:
         sizes = [
             torch.maximum(one, other) for one, other in zip(self._magnitudes(y), self._magnitudes(y_next), strict=True)
         ]
-        ratio = self._norm(errors, sizes)
-        if not self.rounding.unit:
-            return ratio, 0.0
-        weights = [self.rounding.allowed * e for e in self.e]
-        rounding = [_root_of_squares(of_leaf, weights, h) for of_leaf in used]
-        noise = self._norm(rounding, sizes)
-        below = math.sqrt(max(ratio**2 - noise**2, 0.0)) if math.isfinite(ratio) else ratio
-        return below, noise
+        ratios = self._ratios(errors, sizes)
+        shares = [torch.zeros_like(ratio) for ratio in ratios]
+        if self.rounding.unit:
+            rounding = [
+                _root_of_squares(of_leaf, [roundoff * e for e in self.e], h)
+                for of_leaf, roundoff in zip(used, self.roundoffs, strict=True)
+            ]
+            shares = self._ratios(rounding, sizes)
+        if self.norm is None:
+            self._parts = [
+                (_root_mean_square(ratio, size) ** 2, _root_mean_square(share, size) ** 2)
+                for ratio, share, size in zip(ratios, shares, self.sizes, strict=True)
+            ]
+            return self._judged()
+        unflatten = self.problem.velocity.spec.unflatten
+        noise = abs(float(self.norm(unflatten(shares)))) if self.rounding.unit else 0.0
+        self._parts = [(abs(float(self.norm(unflatten(ratios)))) ** 2, noise**2)]
+        return self._judged()
 
     def _magnitudes(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Absolute values, of complex leaves one for both parts."""
@@ -166,6 +231,13 @@ class ErrorNorm:
 
     def _norm(self, values: Sequence[Tensor], sizes: Sequence[Tensor]) -> float:
         """The norm of ``values`` in units of the tolerance at states of these ``sizes``."""
+        ratios = self._ratios(values, sizes)
+        if self.norm is not None:
+            return abs(float(self.norm(self.problem.velocity.spec.unflatten(ratios))))
+        return max((_root_mean_square(ratio, size) for ratio, size in zip(ratios, self.sizes, strict=True)))
+
+    def _ratios(self, values: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
+        """``values`` in units of the tolerance at states of these ``sizes``."""
         tolerance, spec = self.problem.tolerance, self.problem.velocity.spec
         ratios = []
         for leaf, value in enumerate(values):
@@ -175,9 +247,7 @@ class ErrorNorm:
                 + _fitted(tolerance.rtol[leaf], value, is_complex) * sizes[leaf]
             )
             ratios.append(torch.where(value == 0, 0.0, value / allowed))
-        if self.norm is not None:
-            return abs(float(self.norm(spec.unflatten(ratios))))
-        return max((_root_mean_square(ratio, size) for ratio, size in zip(ratios, self.sizes, strict=True)))
+        return ratios
 
     def first_step(self, y: Sequence[Tensor], first: Stage, start: float, sign: float, order: int) -> float:
         """A good size of the first step, by one more evaluation (Hairer, Norsett, Wanner I, II.4).
@@ -196,16 +266,41 @@ class ErrorNorm:
         h = h.to(y[0].device)
         x = [rk_stage(leaf, [slope], h, [1.0], dtype) for leaf, slope, dtype in zip(y, k, velocity.dtypes, strict=True)]
         time = torch.tensor(start + sign * guess, dtype=velocity.spec.time_dtype, device=y[0].device)
-        moved = [value.detach() for value in velocity.evaluate(time, x)]
+        with _autocast_uncached():
+            moved = [value.detach() for value in velocity.evaluate(time, x)]
         changes = [new.to(old.dtype) - old for new, old in zip(moved, k, strict=True)]
         # a change that rounding alone would make says nothing about the problem
-        change = max(self._norm(changes, sizes) - self.rounding.unit * of_velocity, 0.0) / guess
+        of_rounding = [roundoff * value for roundoff, value in zip(self.roundoffs, k, strict=True)]
+        change = max(self._norm(changes, sizes) - self._norm(of_rounding, sizes), 0.0) / guess
         if of_velocity <= 1e-15 and change <= 1e-15:
             step = max(1e-6, guess * 1e-3)
         else:
             largest = max(of_velocity, change)
             step = (0.01 / largest) ** (1.0 / order) if math.isfinite(largest) else guess
         return min(100 * guess, step)
+
+
+def _moved_by(x: Tensor, unit: float) -> Tensor:
+    """``x`` with elements moved by one unit in the last place, up or down: every twelfth, or all of a few."""
+    index = torch.arange(x.numel(), device=x.device)
+    # a multiplicative hash, the high bits of multiples of the golden ratio: random, but always alike
+    draw = (index * 2654435769 >> 16) % 24
+    sign = draw % 2 * 2 - 1
+    if x.numel() >= FEW:
+        sign = torch.where(draw < 2, sign, 0)
+    # between 3/4 of a unit in the last place and 3/2, which rounds to one
+    return x * (1 + 0.75 * unit * sign).view(x.shape).to(x.dtype)
+
+
+@contextmanager
+def _autocast_uncached() -> Iterator[None]:
+    """Casts of parameters made without a graph must not be used later where there is one."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _fitted(bound: Bound, value: Tensor, is_complex: bool) -> float | Tensor:
