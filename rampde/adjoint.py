@@ -214,7 +214,7 @@ class Sweep:
         # products in the order of the sweep, for each leaf
         vjps: list[list[Tensor | None]] = [[] for _ in adjoint]
         gradients: Gradients = []
-        time_gradient = _TimeGradient(self, h) if self.problem.time_needs_grad else None
+        time_gradient = TimeGradient(self, h) if self.problem.time_needs_grad else None
         if time_gradient is not None and inside is not None:
             known = [stage for stage in stages if stage is not None]
             self.output_time_gradients.update(inside.time_gradients(known, step))
@@ -336,7 +336,7 @@ def _present(later: Combination, vjps: list[Tensor | None]) -> tuple[list[Tensor
     return [vjp for vjp, _ in pairs], [a for _, a in pairs]
 
 
-class _TimeGradient:
+class TimeGradient:
     """Gradient of one step with respect to its two ends.
 
     ``dL/dh = sum_i <k_i, w_i>`` at fixed stage times, and each stage time is ``(1 - c_i) start + c_i end``.

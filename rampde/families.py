@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from rampde.adams import AdamsMethod, AdamsOptions
+from rampde.explicit import solve_explicit
 from rampde.implicit import solve_implicit
 from rampde.implicit_tableau import ImplicitTableau
 from rampde.multistep import solve_multistep
@@ -16,7 +17,6 @@ from rampde.observer import CALLBACKS
 from rampde.options import ADAPTIVE, FIXED, OptionNames
 from rampde.problem import Problem
 from rampde.scipy_solver import ScipyOptions, ScipySolver, solve_with_scipy
-from rampde.solve import solve
 from rampde.tableau import ButcherTableau, EmbeddedTableau
 
 
@@ -43,8 +43,8 @@ def _names(options: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(options))
 
 
-EMBEDDED = Family(ADAPTIVE, solve, CALLBACKS, steps_on_the_way=True)
-EXPLICIT = Family(FIXED, solve, steps_on_the_way=True)
+EMBEDDED = Family(ADAPTIVE, solve_explicit, CALLBACKS, steps_on_the_way=True)
+EXPLICIT = Family(FIXED, solve_explicit, steps_on_the_way=True)
 ADAMS = Family(FIXED.with_known(_names(AdamsOptions)), solve_multistep)
 SCIPY = Family(
     OptionNames(_names(ScipyOptions), ("norm", "grid_points", "eps", "step_size")),

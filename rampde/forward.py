@@ -39,7 +39,7 @@ def integrate(
     overflow_step = torch.full((), steps, dtype=torch.int64, device=device) if velocity.half else None
 
     y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
-    outputs = _Outputs(problem, y)
+    outputs = Outputs(problem, y)
     special = (
         problem.compensated or problem.random is not None or problem.time_needs_grad or problem.observer is not None
     )
@@ -48,7 +48,7 @@ def integrate(
     else:
         _integrate_leaves(problem, y, step_times, checkpoints, outputs, rounded, overflow_step)
     if overflow_step is not None:
-        _warn_of_overflow(problem, int(overflow_step.item()))
+        warn_of_overflow(problem, int(overflow_step.item()))
     return outputs.leaves
 
 
@@ -57,7 +57,7 @@ def _integrate_leaves(
     y: list[Tensor],
     step_times: StepTimes,
     checkpoints: Checkpoints | None,
-    outputs: _Outputs,
+    outputs: Outputs,
     rounded: list[bool],
     overflow_step: Tensor | None,
 ) -> None:
@@ -107,7 +107,7 @@ def _integrate_tensor(
     y: Tensor,
     step_times: StepTimes,
     checkpoints: Checkpoints | None,
-    outputs: _Outputs,
+    outputs: Outputs,
     rounded: bool,
     overflow_step: Tensor | None,
 ) -> None:
@@ -138,7 +138,7 @@ def _integrate_tensor(
         outputs.keep((y,))
 
 
-class _Outputs:
+class Outputs:
     """The result, written by the step update itself wherever the dtypes allow."""
 
     def __init__(self, problem: Problem, y: list[Tensor]) -> None:
@@ -185,7 +185,7 @@ class _Outputs:
                 slot.copy_(leaf)
 
 
-def _warn_of_overflow(problem: Problem, step: int) -> None:
+def warn_of_overflow(problem: Problem, step: int) -> None:
     times = problem.grid.times
     if step >= problem.grid.steps:
         return

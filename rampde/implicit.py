@@ -1,17 +1,13 @@
-"""Implicit Runge-Kutta methods: the road out, and the ``autograd.Function`` that joins it to the road back."""
+"""Implicit Runge-Kutta methods: their roads, and the road out."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rampde.autocast import switched_off
-from rampde.captures import Captures, hooks_muted, record
 from rampde.control import Attempt
 from rampde.grid import StepTimes, stage_times
 from rampde.implicit_adjoint import ImplicitSweep, StageStates
@@ -20,15 +16,11 @@ from rampde.implicit_tape import integrate_implicit_taped
 from rampde.newton import StageSolver, read_options
 from rampde.ops import rk_update
 from rampde.problem import Problem, Stage
-from rampde.randomness import RandomState, preserved
-from rampde.solve import _cast, _note_precision
-from rampde.tape import Gate
+from rampde.roads import Roads, travel
 
 
 def solve_implicit(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
-    """States at the grid points ``problem.kept``, leaf by leaf, differentiable in every tensor that f uses.
-
-    ``y0``: real, dense leaves; ``problem.method``: an :class:`ImplicitTableau`; ``problem.options``: see
+    """As :func:`rampde.roads.travel`, by an :class:`ImplicitTableau`, with the options of
     :class:`rampde.newton.NewtonOptions`. The policies "step" and "none" keep the inputs of all stages.
 
     Raises:
@@ -42,68 +34,57 @@ def solve_implicit(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
         # Newton's method needs the derivative of f, for which inference mode has no graph
         with torch.inference_mode(False), torch.no_grad():
             return solve_implicit(problem, [leaf.clone() for leaf in y0])
-    velocity, points = problem.velocity, problem.grid.points
-    if problem.grid.steps == 0:
-        return [leaf[None].to(dtype) for leaf, dtype in zip(y0, problem.output_dtypes, strict=True)]
-    with torch.no_grad():
-        h, times = stage_times(points, _tableau(problem).nodes, velocity.spec.time_dtype, problem.perturb)
+    return travel(ImplicitRoads(), problem, y0)
+
+
+class ImplicitRoads(Roads[StageStates]):
+    """Newton's method on the road out, the implicit function theorem on the road back."""
+
+    iterates = True
+
+    def prepare(self, problem: Problem) -> Tensor:
+        velocity = problem.velocity
+        h, times = stage_times(problem.grid.points, _tableau(problem).nodes, velocity.spec.time_dtype, problem.perturb)
         problem.step_times = StepTimes(h, times)
-        x = [leaf.detach().to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
-    wanted = torch.is_grad_enabled()
-    problem.time_needs_grad = wanted and points.requires_grad
-    before = RandomState.current(velocity.spec.device)
-    first, captures = _record_first(problem, problem.step_times[0][1][0], x)
-    after = RandomState.current(velocity.spec.device)
-    # all evaluations of a stage must see the same random numbers, whether gradients are wanted or not
-    problem.random = None if before.equals(after) else before
-    problem.first, problem.captures, problem.opaque = first, captures.tensors, captures.opaque
-    _note_precision(problem, first)
-    wanted = wanted and (
-        bool(captures.tensors or captures.problem) or problem.time_needs_grad or any(leaf.requires_grad for leaf in y0)
-    )
-    if not wanted:
-        with torch.no_grad():
-            outputs = integrate_implicit(problem, y0, None)
-    elif captures.problem or problem.checkpoint == "tape":
-        if captures.problem and problem.checkpoint != "tape":
-            warnings.warn(
-                f'func {captures.problem}; the solve falls back to checkpoint="tape": more memory, 16-bit gradients'
-                " are summed in 16 bits, and float16 is not scaled",
-                UserWarning,
-                stacklevel=3,
+        return problem.step_times[0][1][0]
+
+    def first_stage(self, problem: Problem, time: Tensor, x: list[Tensor]) -> Stage:
+        with torch.enable_grad():
+            x = [leaf.requires_grad_() for leaf in x]
+            return Stage(time, x, problem.velocity.evaluate_first(time, x))
+
+    def keep(self, problem: Problem) -> StageStates:
+        return StageStates(problem, _tableau(problem).stages)
+
+    def out(self, problem: Problem, y0: list[Tensor], kept: StageStates | None) -> list[Tensor]:
+        return integrate_implicit(problem, y0, kept)
+
+    def back(
+        self,
+        problem: Problem,
+        points: Tensor,
+        kept: StageStates,
+        captures: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        retain_graph: bool,
+    ) -> ImplicitSweep:
+        # the graphs are made anew: none of them has to outlive its products
+        return ImplicitSweep(problem, points, kept, captures, cotangents, retain_graph=False)
+
+    def taped(self, problem: Problem, y0: list[Tensor], points: Tensor) -> list[Tensor]:
+        return integrate_implicit_taped(problem, y0, points)
+
+    def check_random(self, problem: Problem, wanted: bool, later: bool) -> None:
+        if later:
+            raise RuntimeError(
+                "func drew random numbers, though none in its first evaluation: the evaluations of a stage saw"
+                " different ones, so its equations have no solution; draw them always, or use an explicit method"
             )
-        problem.checkpoint = "tape"
-        outputs = integrate_implicit_taped(problem, y0, points)
-    else:
-        outputs = list(
-            _ImplicitSolve.apply(  # type: ignore[no-untyped-call]
-                problem, captures.observed, points, *y0, *captures.tensors
-            )
-        )
-    if problem.random is None and not after.equals(RandomState.current(velocity.spec.device)):
-        raise RuntimeError(
-            "func drew random numbers, though none in its first evaluation: the evaluations of a stage saw different"
-            " ones, so its equations have no solution; draw them always, or use an explicit method"
-        )
-    return outputs
 
 
 def _tableau(problem: Problem) -> ImplicitTableau:
     assert isinstance(problem.method, ImplicitTableau)
     return problem.method
-
-
-def _record_first(problem: Problem, time: Tensor, x: list[Tensor]) -> tuple[Stage, Captures]:
-    """The first stage with its graph, and what f captures where gradients are wanted."""
-    velocity = problem.velocity
-    x = [leaf.requires_grad_() for leaf in x]
-    if torch.is_grad_enabled():
-        if problem.time_needs_grad:
-            time = time.detach().requires_grad_()
-        k, captures = record(velocity.original, velocity.evaluate_first, time, x)
-        return Stage(time, x, k), captures
-    with torch.enable_grad():
-        return Stage(time, x, velocity.evaluate_first(time, x)), Captures()
 
 
 def integrate_implicit(problem: Problem, y0: Sequence[Tensor], checkpoints: StageStates | None) -> list[Tensor]:
@@ -144,69 +125,3 @@ def integrate_implicit(problem: Problem, y0: Sequence[Tensor], checkpoints: Stag
         checkpoints.dense = solver.dense
     solver.warn()
     return results
-
-
-class _ImplicitSolve(torch.autograd.Function):
-    """The forward solve, and the sweep as its backward."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, observed: int, points: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = len(problem.leaves)
-        y0, captures = tensors[:leaves], tensors[leaves:]
-        checkpoints = StageStates(problem, _tableau(problem).stages)
-        outputs = integrate_implicit(problem, y0, checkpoints)
-        problem.first = None
-        ctx.set_materialize_grads(False)
-        ctx.problem, ctx.checkpoints, ctx.observed = problem, checkpoints, observed
-        # only what f was seen to use is checked for changes in place: the rest may be no business of the solve
-        ctx.unobserved = captures[observed:]
-        ctx.save_for_backward(points, *y0, *captures[:observed], *checkpoints.tensors())
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        problem: Problem = ctx.problem
-        leaves = len(problem.leaves)
-        points, *saved = ctx.saved_tensors
-        y0, saved = saved[:leaves], saved[leaves:]
-        captures = [*saved[: ctx.observed], *ctx.unobserved]
-        unused = (None, None)
-        if all(cotangent is None for cotangent in cotangents):
-            return (*unused, None, *[None] * (leaves + len(captures)))
-        with ExitStack() as stack:
-            if problem.stats is not None:
-                stack.enter_context(problem.stats.backward())
-            stack.enter_context(problem.velocity.autocast.entered())
-            stack.enter_context(preserved(problem.velocity.spec.device, problem.random is not None))
-            if torch.is_grad_enabled():
-                return (*unused, *_differentiable_backward(problem, points, y0, captures, cotangents))
-            stack.enter_context(hooks_muted(captures))
-            ctx.checkpoints.restore(saved[ctx.observed :])
-            # the graphs are made anew: none of them has to outlive its products
-            sweep = ImplicitSweep(problem, points, ctx.checkpoints, captures, cotangents, retain_graph=False)
-            try:
-                gradients, points_gradient, totals = sweep.run(y0)
-            finally:
-                ctx.checkpoints.restore([])
-        return (
-            *unused,
-            points_gradient,
-            *(_cast(gradient, leaf) for gradient, leaf in zip(gradients, y0, strict=True)),
-            *(_cast(total, capture) for total, capture in zip(totals, captures, strict=True)),
-        )
-
-
-def _differentiable_backward(
-    problem: Problem,
-    points: Tensor,
-    y0: Sequence[Tensor],
-    captures: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-) -> Sequence[Tensor | None]:
-    """The gradients with their own graph (``create_graph=True``): the solve is repeated on the tape."""
-    if problem.random is not None:
-        problem.random.restore()
-    gate = Gate()
-    points, y0 = gate(points), [gate(leaf) for leaf in y0]
-    outputs = integrate_implicit_taped(problem, y0, points)
-    return gate.gradients(outputs, cotangents, [points, *y0], captures)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rampde.adjoint import Gradients, Sweep, _TimeGradient
+from rampde.adjoint import Gradients, Sweep, TimeGradient
 from rampde.autocast import switched_off
 from rampde.implicit_tableau import Block
 from rampde.linear import DenseSystem, Derivative, KrylovSystem, scaled_product
@@ -136,7 +136,7 @@ class ImplicitSweep(Sweep):
         lam = layout.pack(adjoint)
         v: list[Tensor] = [lam] * tableau.stages
         gradients: Gradients = []
-        time_gradient = _TimeGradient(self, h) if self.problem.time_needs_grad else None
+        time_gradient = TimeGradient(self, h) if self.problem.time_needs_grad else None
         # where f shows what it holds, a look at the last and at a middle step is enough to see that it does
         watched = step + 1 == self.steps or step == self.steps // 2
         if watched or self.problem.opaque:
@@ -201,7 +201,7 @@ class ImplicitSweep(Sweep):
         return v
 
     def _products(
-        self, stage: Stage, w: Tensor, with_state: bool, time_gradient: _TimeGradient | None, node: float
+        self, stage: Stage, w: Tensor, with_state: bool, time_gradient: TimeGradient | None, node: float
     ) -> Gradients:
         """Products of ``w`` for the stage's input, where asked for, and for the captures."""
         cotangents = self.layout.unpack(w, [leaf.state_dtype for leaf in self.problem.velocity.spec.leaves])

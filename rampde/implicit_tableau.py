@@ -9,16 +9,13 @@ from fractions import Fraction as F
 from functools import cached_property
 
 from rampde.tableau import (
-    HIGHEST_ORDER_CHECKED,
     MAX_STAGES,
     Coefficient,
     Combination,
-    Tree,
-    _combination,
-    _equal,
-    _numbers,
-    density,
-    rooted_trees,
+    combination,
+    nearly_equal,
+    order_of,
+    read_coefficients,
 )
 
 
@@ -63,7 +60,7 @@ class ImplicitTableau:
     c: Sequence[Coefficient] | None = None
 
     def __post_init__(self) -> None:
-        b = _numbers("b", self.b)
+        b = read_coefficients("b", self.b)
         stages = len(b)
         if not 1 <= stages <= MAX_STAGES:
             raise ValueError(f"b has {stages} weights, expected between 1 and {MAX_STAGES} stages")
@@ -73,20 +70,20 @@ class ImplicitTableau:
             raise ValueError(f"a has {len(self.a)} rows, expected one for each of the {stages} weights in b")
         rows = []
         for i, given in enumerate(self.a):
-            row = _numbers(f"a[{i}]", given)
+            row = read_coefficients(f"a[{i}]", given)
             if len(row) > stages:
                 raise ValueError(f"a[{i}] has {len(row)} entries, expected at most {stages}")
             rows.append(row + (0,) * (stages - len(row)))
         if not any(any(row[i:]) for i, row in enumerate(rows)):
             raise ValueError("a is strictly lower triangular, which is an explicit method: use rampde.ButcherTableau")
         nodes = tuple(sum(row, start=F(0)) for row in rows)
-        c = nodes if self.c is None else _numbers("c", self.c)
+        c = nodes if self.c is None else read_coefficients("c", self.c)
         if len(c) != stages:
             raise ValueError(f"c has {len(c)} nodes, expected {stages}")
         for i, (node, row_sum) in enumerate(zip(c, nodes, strict=True)):
-            if not _equal(node, row_sum):
+            if not nearly_equal(node, row_sum):
                 raise ValueError(f"c[{i}] is {node}, expected {row_sum}, the sum of a[{i}] (consistency)")
-        if not _equal(sum(b), 1):
+        if not nearly_equal(sum(b), 1):
             raise ValueError(f"b sums to {sum(b)}, expected 1 (consistency)")
         object.__setattr__(self, "a", tuple(rows))
         object.__setattr__(self, "b", b)
@@ -106,12 +103,12 @@ class ImplicitTableau:
     @cached_property
     def stage_inputs(self) -> tuple[Combination, ...]:
         """For each stage ``i`` the velocities in its input: row ``i`` of ``a``."""
-        return tuple(_combination(row) for row in self.a)
+        return tuple(combination(row) for row in self.a)
 
     @cached_property
     def update(self) -> Combination:
         """The velocities in ``y_next``: ``b``."""
-        return _combination(self.b)
+        return combination(self.b)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -137,7 +134,7 @@ class ImplicitTableau:
     @property
     def stiffly_accurate(self) -> bool:
         """Whether ``y_next`` is the input of the last stage: ``b`` is the last row of ``a``."""
-        return all(_equal(a, b) for a, b in zip(self.a[-1], self.b, strict=True))
+        return all(nearly_equal(a, b) for a, b in zip(self.a[-1], self.b, strict=True))
 
     @cached_property
     def order(self) -> int:
@@ -146,21 +143,7 @@ class ImplicitTableau:
         The conditions are those of explicit methods (Hairer, Norsett, Wanner, Solving Ordinary Differential
         Equations I, theorem II.2.13), the sums taken over full rows.
         """
-        for order in range(1, HIGHEST_ORDER_CHECKED + 1):
-            for tree in rooted_trees(order):
-                weight = sum(b * phi for b, phi in zip(self.b, self._stage_weights(tree), strict=True))
-                if not _equal(weight * density(tree), 1):
-                    return order - 1
-        return HIGHEST_ORDER_CHECKED
-
-    def _stage_weights(self, tree: Tree) -> list[Coefficient]:
-        """The derivative weights of ``tree`` at each stage: product over subtrees of ``sum_j a_ij phi_j``."""
-        products: list[Coefficient] = [1] * self.stages
-        for subtree in tree:
-            inner = self._stage_weights(subtree)
-            for i, row in enumerate(self.a):
-                products[i] *= sum(a * phi for a, phi in zip(row, inner, strict=True))
-        return products
+        return order_of(self.a, self.b)
 
 
 _R2, _R3, _R6, _R15 = (math.sqrt(n) for n in (2, 3, 6, 15))

@@ -1,10 +1,9 @@
-"""Multistep solves: the road out, and the ``autograd.Function`` that joins it to the road back."""
+"""Adams methods: their roads, and the road out."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,23 +11,22 @@ import torch
 from torch import Tensor
 
 from rampde.adams import LEAST_HISTORY, LOWEST_ORDER, AdamsMethod, Formula, read_options
-from rampde.captures import hooks_muted
 from rampde.control import Attempt
-from rampde.forward import _Outputs, _warn_of_overflow
+from rampde.explicit import solve_explicit
+from rampde.forward import Outputs, warn_of_overflow
 from rampde.grid import StepTimes, stage_times
 from rampde.multistep_adjoint import MultistepSweep
 from rampde.multistep_stages import RK4, Iteration, Points, PointStages, evaluate_single, formulas_of, weighted_sum
 from rampde.multistep_tape import integrate_multistep_taped
 from rampde.ops import rk_stage, rk_update
 from rampde.problem import Problem, Stage
-from rampde.randomness import RandomState, preserved
-from rampde.solve import _cast, _note_precision, _record_first, solve
+from rampde.randomness import RandomState
+from rampde.roads import Roads, travel
 from rampde.stages import evaluate_stages
-from rampde.tape import Gate
 
 
 def solve_multistep(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
-    """As :func:`rampde.solve.solve`, by an :class:`AdamsMethod`, with the options of :class:`AdamsOptions`.
+    """As :func:`rampde.roads.travel`, by an :class:`AdamsMethod`, with the options of :class:`AdamsOptions`.
 
     The corrector has converged where two iterates of the increment of a step differ by at most
     ``atol + rtol * |increment|`` in every element; to ask so, it waits for the device after every evaluation.
@@ -40,55 +38,52 @@ def solve_multistep(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
     Warns:
         UserWarning: the corrector did not converge; ``max_order`` is too low to have an effect.
     """
-    velocity, points = problem.velocity, problem.grid.points
     if not _uses_formulas(problem):
         return _solve_one_step(problem, y0)
-    if problem.checkpoint == "tape":
-        return integrate_multistep_taped(problem, y0, points)
-    with torch.no_grad():
-        h, times = stage_times(points, RK4.nodes, velocity.spec.time_dtype, problem.perturb)
-        x = [leaf.detach().to(dtype) for leaf, dtype in zip(y0, velocity.dtypes, strict=True)]
-    problem.step_times = StepTimes(h, times)
-    time = problem.step_times[0][1][0]
-    if not torch.is_grad_enabled():
-        problem.first = Stage(time, x, velocity.evaluate_first(time, x))
-        return integrate_multistep(problem, y0, None)
+    return travel(MultistepRoads(), problem, y0)
 
-    problem.time_needs_grad = points.requires_grad
-    before = RandomState.current(velocity.spec.device)
-    first, captures = _record_first(problem, time, x)
-    problem.first, problem.captures, problem.opaque = first, captures.tensors, captures.opaque
-    if captures.problem:
-        warnings.warn(
-            f'func {captures.problem}; the solve falls back to checkpoint="tape": more memory, 16-bit gradients are'
-            " summed in 16 bits, and float16 is not scaled",
-            UserWarning,
-            stacklevel=3,
-        )
-        problem.checkpoint = "tape"
+
+class MultistepRoads(Roads[Points]):
+    """Evaluations at the grid points, and what later steps make of them."""
+
+    def prepare(self, problem: Problem) -> Tensor:
+        velocity = problem.velocity
+        h, times = stage_times(problem.grid.points, RK4.nodes, velocity.spec.time_dtype, problem.perturb)
+        problem.step_times = StepTimes(h, times)
+        return problem.step_times[0][1][0]
+
+    def keep(self, problem: Problem) -> Points:
+        return Points(needs_graph=problem.checkpoint == "none", leaves=len(problem.leaves))
+
+    def out(self, problem: Problem, y0: list[Tensor], kept: Points | None) -> list[Tensor]:
+        return integrate_multistep(problem, y0, kept)
+
+    def back(
+        self,
+        problem: Problem,
+        points: Tensor,
+        kept: Points,
+        captures: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        retain_graph: bool,
+    ) -> MultistepSweep:
+        return MultistepSweep(problem, points, PointStages(problem, kept), captures, cotangents, retain_graph)
+
+    def taped(self, problem: Problem, y0: list[Tensor], points: Tensor) -> list[Tensor]:
         return integrate_multistep_taped(problem, y0, points)
-    _note_precision(problem, first)
-    wanted = captures.tensors or problem.time_needs_grad or any(leaf.requires_grad for leaf in y0)
-    if not wanted:
-        with torch.no_grad():
-            return integrate_multistep(problem, y0, None)
-    after = RandomState.current(velocity.spec.device)
-    problem.random = None if before.equals(after) else before
-    outputs = _MultistepSolve.apply(  # type: ignore[no-untyped-call]
-        problem, captures.observed, points, *y0, *captures.tensors
-    )
-    drew = problem.random is not None or not after.equals(RandomState.current(velocity.spec.device))
-    if drew and cast(AdamsMethod, problem.method).implicit:
-        raise RuntimeError(
-            "func draws random numbers: the iterations of an implicit method then converge to no solution whose"
-            " gradient could be taken; use an explicit method, or torch.no_grad()"
-        )
-    if drew and problem.random is None and problem.checkpoint == "step":
-        raise RuntimeError(
-            "func drew random numbers, though none in its first evaluation, so they cannot be replayed in the"
-            ' backward pass; use checkpoint="none"'
-        )
-    return list(outputs)
+
+    def check_random(self, problem: Problem, wanted: bool, later: bool) -> None:
+        drew = wanted and (later or problem.random is not None)
+        if drew and cast(AdamsMethod, problem.method).implicit and problem.checkpoint != "tape":
+            raise RuntimeError(
+                "func draws random numbers: the iterations of an implicit method then converge to no solution whose"
+                " gradient could be taken; use an explicit method, or torch.no_grad()"
+            )
+        if drew and later and problem.checkpoint == "step":
+            raise RuntimeError(
+                "func drew random numbers, though none in its first evaluation, so they cannot be replayed in the"
+                ' backward pass; use checkpoint="none"'
+            )
 
 
 def _uses_formulas(problem: Problem) -> bool:
@@ -105,7 +100,7 @@ def _uses_formulas(problem: Problem) -> bool:
 def _solve_one_step(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
     """The solve where all steps are those of rk4."""
     one_step = replace(problem, method=RK4)
-    result = solve(one_step, y0)
+    result = solve_explicit(one_step, y0)
     # what outputs between the steps are computed from
     problem.captures, problem.scaler = one_step.captures, one_step.scaler
     return result
@@ -137,7 +132,7 @@ class _Integration:
         ]
         self.y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
         self.x = problem.first.x
-        self.outputs = _Outputs(problem, self.y)
+        self.outputs = Outputs(problem, self.y)
         self.history: list[list[Tensor]] = [[] for _ in self.y]
         self.zeros = [torch.zeros_like(leaf) for leaf in self.y]
         self.one = grid.points.detach().new_ones(())
@@ -175,7 +170,7 @@ class _Integration:
             h, times = problem.step_times[problem.grid.steps - 1]
             self._evaluate(problem.grid.steps, h, times[-1:], single=True)
         if self.overflow_step is not None:
-            _warn_of_overflow(problem, int(self.overflow_step.item()))
+            warn_of_overflow(problem, int(self.overflow_step.item()))
         self.iteration.warn()
         return self.outputs.leaves
 
@@ -242,80 +237,3 @@ class _Integration:
                 return increments
         self.iteration.note_failure(step)
         return increments
-
-
-class _MultistepSolve(torch.autograd.Function):
-    """The forward solve, and the sweep as its backward."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, observed: int, points: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = len(problem.leaves)
-        y0, captures = tensors[:leaves], tensors[leaves:]
-        kept = Points(needs_graph=problem.checkpoint == "none")
-        outputs = integrate_multistep(problem, [leaf.detach() for leaf in y0], kept)
-        problem.first = None
-        if problem.velocity.autocast.enabled and not kept.needs_graph:
-            # casts made above without a graph would detach these parameters in the rest of the caller's region
-            torch.clear_autocast_cache()
-        ctx.set_materialize_grads(False)
-        ctx.problem, ctx.kept, ctx.observed = problem, kept, observed
-        # only what f was seen to use is checked for changes in place: the rest may be no business of the solve
-        ctx.unobserved = captures[observed:]
-        states, kept.states = kept.states, []
-        ctx.save_for_backward(points, *y0, *captures[:observed], *(leaf for state in states for leaf in state))
-        ctx.swept = False
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        problem: Problem = ctx.problem
-        leaves = len(problem.leaves)
-        points, *saved = ctx.saved_tensors
-        y0, saved = saved[:leaves], saved[leaves:]
-        captures, flat = [*saved[: ctx.observed], *ctx.unobserved], saved[ctx.observed :]
-        unused = (None, None)
-        if all(cotangent is None for cotangent in cotangents):
-            return (*unused, None, *[None] * (leaves + len(captures)))
-        with ExitStack() as stack:
-            if problem.stats is not None:
-                stack.enter_context(problem.stats.backward())
-            stack.enter_context(problem.velocity.autocast.entered())
-            stack.enter_context(preserved(problem.velocity.spec.device, problem.random is not None))
-            if torch.is_grad_enabled():
-                return (*unused, *_differentiable_backward(problem, points, y0, captures, cotangents))
-            retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-            if problem.checkpoint == "none" and ctx.swept:
-                raise RuntimeError(
-                    "the graphs of this solve were freed by an earlier backward pass; give that one"
-                    ' retain_graph=True, or solve with checkpoint="step"'
-                )
-            ctx.swept = problem.checkpoint == "none" and not retain_graph
-            stack.enter_context(hooks_muted(captures))
-            states = [list(flat[i : i + leaves]) for i in range(0, len(flat), leaves)]
-            # a sweep that may have to be repeated needs its graphs twice
-            keep = retain_graph or (problem.checkpoint == "none" and problem.scaler is not None)
-            stages = PointStages(problem, ctx.kept, states)
-            sweep = MultistepSweep(problem, points, stages, captures, cotangents, keep)
-            gradients, points_gradient, totals = sweep.run(y0)
-        return (
-            *unused,
-            points_gradient,
-            *(_cast(gradient, leaf) for gradient, leaf in zip(gradients, y0, strict=True)),
-            *(_cast(total, capture) for total, capture in zip(totals, captures, strict=True)),
-        )
-
-
-def _differentiable_backward(
-    problem: Problem,
-    points: Tensor,
-    y0: Sequence[Tensor],
-    captures: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-) -> Sequence[Tensor | None]:
-    """The gradients with their own graph (``create_graph=True``): the solve is repeated on the tape."""
-    if problem.random is not None:
-        problem.random.restore()
-    gate = Gate()
-    points, y0 = gate(points), [gate(leaf) for leaf in y0]
-    outputs = integrate_multistep_taped(problem, y0, points)
-    return gate.gradients(outputs, cotangents, [points, *y0], captures)

@@ -100,6 +100,7 @@ class Points:
     """What is kept of each grid point: the rounded state, or the stages evaluated from there, with their graphs."""
 
     needs_graph: bool
+    leaves: int
     states: list[list[Tensor]] = field(default_factory=list)
     stages: list[list[Stage]] = field(default_factory=list)
     random: list[RandomState | None] = field(default_factory=list)
@@ -110,6 +111,13 @@ class Points:
         else:
             self.states.append(x)
             self.random.append(random)
+
+    def tensors(self) -> list[Tensor]:
+        states, self.states = self.states, []
+        return [leaf for state in states for leaf in state]
+
+    def restore(self, tensors: Sequence[Tensor]) -> None:
+        self.states = [list(tensors[i : i + self.leaves]) for i in range(0, len(tensors), self.leaves)]
 
 
 def evaluate_single(problem: Problem, x: list[Tensor], time: Tensor, graphs: list[Stage] | None) -> list[Tensor]:
@@ -124,8 +132,8 @@ def evaluate_single(problem: Problem, x: list[Tensor], time: Tensor, graphs: lis
 class PointStages:
     """The stages from each grid point, with their graphs: those kept, or evaluated again from the states."""
 
-    def __init__(self, problem: Problem, points: Points, states: list[list[Tensor]]) -> None:
-        self.problem, self.points, self.states = problem, points, states
+    def __init__(self, problem: Problem, points: Points) -> None:
+        self.problem, self.points = problem, points
         self.one_step = replace(problem, method=RK4)
 
     def load(self, point: int, h: Tensor, times: Sequence[Tensor], single: bool) -> list[Stage]:
@@ -135,7 +143,7 @@ class PointStages:
         random = self.points.random[point]
         if random is not None:
             random.restore()
-        y = self.states[point]
+        y = self.points.states[point]
         # an alias: becoming a leaf of the graph must not show on the checkpoint
         x = [leaf.detach() for leaf in y]
         if self.problem.time_needs_grad:

@@ -73,7 +73,7 @@ def read_options(options: dict[str, Any]) -> ScipyOptions:
 
 
 def solve_with_scipy(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
-    """States at the grid points, leaf by leaf, as :func:`rampde.solve.solve` returns them, by SciPy.
+    """States at the grid points, leaf by leaf, as :func:`rampde.roads.travel` returns them, by SciPy.
 
     Where anything requires a gradient, the result does too, so that taking it raises an error.
 

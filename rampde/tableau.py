@@ -73,7 +73,7 @@ class ButcherTableau:
     c: Sequence[Coefficient] | None = None
 
     def __post_init__(self) -> None:
-        b = _numbers("b", self.b)
+        b = read_coefficients("b", self.b)
         stages = len(b)
         if not 1 <= stages <= MAX_STAGES:
             raise ValueError(f"b has {stages} weights, expected between 1 and {MAX_STAGES} stages")
@@ -83,7 +83,7 @@ class ButcherTableau:
             raise ValueError(f"a has {len(self.a)} rows, expected one for each of the {stages} weights in b")
         rows = []
         for i, given in enumerate(self.a):
-            row = _numbers(f"a[{i}]", given)
+            row = read_coefficients(f"a[{i}]", given)
             if len(row) > stages:
                 raise ValueError(f"a[{i}] has {len(row)} entries, expected at most {stages}")
             if any(row[i:]):
@@ -93,13 +93,13 @@ class ButcherTableau:
                 )
             rows.append(row[:i] + (0,) * (i - len(row)))
         nodes = tuple(sum(row, start=Fraction(0)) for row in rows)
-        c = nodes if self.c is None else _numbers("c", self.c)
+        c = nodes if self.c is None else read_coefficients("c", self.c)
         if len(c) != stages:
             raise ValueError(f"c has {len(c)} nodes, expected {stages}")
         for i, (node, row_sum) in enumerate(zip(c, nodes, strict=True)):
-            if not _equal(node, row_sum):
+            if not nearly_equal(node, row_sum):
                 raise ValueError(f"c[{i}] is {node}, expected {row_sum}, the sum of a[{i}] (consistency)")
-        if not _equal(sum(b), 1):
+        if not nearly_equal(sum(b), 1):
             raise ValueError(f"b sums to {sum(b)}, expected 1 (consistency)")
         object.__setattr__(self, "a", tuple(rows))
         object.__setattr__(self, "b", b)
@@ -114,17 +114,17 @@ class ButcherTableau:
     def nodes(self) -> tuple[float, ...]:
         """``c`` as floats; the ends of the step, which rounded coefficients may miss, are 0 and 1."""
         assert self.c is not None
-        return tuple(float(round(node)) if _equal(node, round(node)) else float(node) for node in self.c)
+        return tuple(float(round(node)) if nearly_equal(node, round(node)) else float(node) for node in self.c)
 
     @cached_property
     def stage_inputs(self) -> tuple[Combination, ...]:
         """For each stage ``i`` the velocities in ``X_i``: row ``i`` of ``a``."""
-        return tuple(_combination(row) for row in self.a)
+        return tuple(combination(row) for row in self.a)
 
     @cached_property
     def update(self) -> Combination:
         """The velocities in ``y_next``: ``b``."""
-        return _combination(self.b)
+        return combination(self.b)
 
     @cached_property
     def cotangents(self) -> tuple[StageCotangent, ...]:
@@ -136,7 +136,7 @@ class ButcherTableau:
         cotangents: list[StageCotangent] = []
         swept: list[int] = []
         for i in reversed(range(self.stages)):
-            later = _combination([self.a[j][i] for j in swept])
+            later = combination([self.a[j][i] for j in swept])
             if wanted(i) or later.stages:
                 cotangents.append(StageCotangent(i, float(self.b[i]), later))
                 swept.append(i)
@@ -149,24 +149,7 @@ class ButcherTableau:
         A method has order ``p`` when for every rooted tree with at most ``p`` nodes the elementary weight equals
         ``1 / density`` (Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, theorem II.2.13).
         """
-        return self._order_of(self.b)
-
-    def _order_of(self, weights: Sequence[Coefficient]) -> int:
-        for order in range(1, HIGHEST_ORDER_CHECKED + 1):
-            for tree in rooted_trees(order):
-                weight = sum(b * phi for b, phi in zip(weights, self._stage_weights(tree), strict=True))
-                if not _equal(weight * density(tree), 1):
-                    return order - 1
-        return HIGHEST_ORDER_CHECKED
-
-    def _stage_weights(self, tree: Tree) -> list[Coefficient]:
-        """The derivative weights of ``tree`` at each stage: product over subtrees of ``sum_j a_ij phi_j``."""
-        products: list[Coefficient] = [1] * self.stages
-        for subtree in tree:
-            inner = self._stage_weights(subtree)
-            for i, row in enumerate(self.a):
-                products[i] *= sum(a * phi for a, phi in zip(row, inner, strict=False))
-        return products
+        return order_of(self.a, self.b)
 
 
 @dataclass(frozen=True)
@@ -190,19 +173,19 @@ class EmbeddedTableau(ButcherTableau):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        error = _numbers("error", self.error)
+        error = read_coefficients("error", self.error)
         if len(error) != self.stages:
             raise ValueError(f"error has {len(error)} weights, expected {self.stages}, one for each stage")
-        if not _equal(sum(error), 0):
+        if not nearly_equal(sum(error), 0):
             raise ValueError(f"error sums to {sum(error)}, expected 0: the embedded method's weights sum to 1 too")
         object.__setattr__(self, "error", error)
         if self.middle is None:
             return
-        middle = _numbers("middle", self.middle)
+        middle = read_coefficients("middle", self.middle)
         count = len(close(self).b)
         if not self.stages <= len(middle) <= count:
             raise ValueError(f"middle has {len(middle)} weights, expected {count}")
-        if not _equal(sum(middle), Fraction(1, 2)):
+        if not nearly_equal(sum(middle), Fraction(1, 2)):
             raise ValueError(f"middle sums to {sum(middle)}, expected 1/2 (consistency)")
         object.__setattr__(self, "middle", middle + (0,) * (count - len(middle)))
 
@@ -210,7 +193,7 @@ class EmbeddedTableau(ButcherTableau):
     def control_order(self) -> int:
         """Order in the step size of the estimated error: that of the embedded method, plus one."""
         embedded = [b - e for b, e in zip(self.b, self.error, strict=True)]
-        return min(self.order, self._order_of(embedded)) + 1 if any(self.error) else self.order
+        return min(self.order, order_of(self.a, embedded)) + 1 if any(self.error) else self.order
 
     @cached_property
     def closed(self) -> ClosedTableau:
@@ -308,7 +291,7 @@ def _horner(coefficients: Sequence[float], x: Number) -> Number:
     return total
 
 
-def _numbers(name: str, values: Sequence[Coefficient]) -> tuple[Coefficient, ...]:
+def read_coefficients(name: str, values: Sequence[Coefficient]) -> tuple[Coefficient, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} is {values!r}, expected a sequence of numbers")
     for index, value in enumerate(values):
@@ -319,13 +302,13 @@ def _numbers(name: str, values: Sequence[Coefficient]) -> tuple[Coefficient, ...
     return tuple(values)
 
 
-def _equal(left: Coefficient, right: Coefficient) -> bool:
+def nearly_equal(left: Coefficient, right: Coefficient) -> bool:
     if isinstance(left, float) or isinstance(right, float):
         return math.isclose(left, right, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     return left == right
 
 
-def _combination(weights: Sequence[Coefficient]) -> Combination:
+def combination(weights: Sequence[Coefficient]) -> Combination:
     used = tuple(index for index, weight in enumerate(weights) if weight != 0)
     return Combination(used, [float(weights[index]) for index in used], dense=len(used) == len(weights))
 
@@ -346,6 +329,26 @@ def _forests(nodes: int, largest: int) -> Iterator[list[Tree]]:
             for trees in itertools.combinations_with_replacement(rooted_trees(size), count):
                 for rest in _forests(nodes - size * count, size - 1):
                     yield [*trees, *rest]
+
+
+def order_of(rows: Sequence[Sequence[Coefficient]], weights: Sequence[Coefficient]) -> int:
+    """Order of the method with the ``weights`` and stages ``rows``, which may leave out trailing zeros, up to 8."""
+    for order in range(1, HIGHEST_ORDER_CHECKED + 1):
+        for tree in rooted_trees(order):
+            weight = sum(b * phi for b, phi in zip(weights, _stage_weights(rows, tree), strict=True))
+            if not nearly_equal(weight * density(tree), 1):
+                return order - 1
+    return HIGHEST_ORDER_CHECKED
+
+
+def _stage_weights(rows: Sequence[Sequence[Coefficient]], tree: Tree) -> list[Coefficient]:
+    """The derivative weights of ``tree`` at each stage: product over subtrees of ``sum_j a_ij phi_j``."""
+    products: list[Coefficient] = [1] * len(rows)
+    for subtree in tree:
+        inner = _stage_weights(rows, subtree)
+        for i, row in enumerate(rows):
+            products[i] *= sum(a * phi for a, phi in zip(row, inner, strict=False))
+    return products
 
 
 @lru_cache
