@@ -5,10 +5,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import Tensor
+import torchdiffeq
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from rampde import odeint, odeint_adjoint
+import rampde
+from rampde import METHODS, odeint, odeint_adjoint
 
 F64 = torch.float64
 Y = torch.tensor([1.0, -0.5, 2.0], dtype=F64)
@@ -122,3 +124,134 @@ def test_adjoint_params_that_were_computed_from_each_other(names: str) -> None:
     expected = gradients(odeint(func, y0, T, rtol=1e-10, atol=1e-11, checkpoint="tape"))
     for ours, theirs in zip(given, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_every_method_of_torchdiffeq_has_its_name() -> None:
+    with pytest.raises(ValueError, match="Must be one of") as caught:
+        torchdiffeq.odeint(decay, Y, T, method="none of them")
+    names = str(caught.value).split("{")[1].split("}")[0].replace('"', "").split(", ")
+    assert len(names) > 10
+    assert set(names) <= set(METHODS)
+
+
+class Flow(nn.Module):
+    """A continuous normalizing flow: the divergence by autograd within f, and the kinetic energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 2, generator=generator, dtype=F64))
+        self.evaluations = 0
+
+    def forward(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.evaluations += 1
+        with torch.enable_grad():
+            z = state[0].requires_grad_(True)
+            velocity = torch.tanh(z @ self.weight) * torch.cos(t)
+            divergence = torch.zeros_like(state[1])
+            for i in range(2):
+                (row,) = torch.autograd.grad(velocity[:, i].sum(), z, create_graph=True)
+                divergence = divergence + row[:, i : i + 1]
+        return velocity, -divergence, (velocity**2).sum(1)
+
+
+def flow(library: Any, solver: str, **kwargs: Any) -> list[Tensor]:
+    net = Flow()
+    points = torch.linspace(-1, 1, 10, dtype=F64).reshape(5, 2).requires_grad_()
+    state = (points, torch.zeros(5, 1, dtype=F64), torch.zeros(5, dtype=F64))
+    # torchdiffeq's adjoint solve has the gradient of t among its errors whether or not that is wanted
+    t = torch.tensor([1.0, 0.0], dtype=F64, requires_grad=True)
+    z, logp, energy = getattr(library, solver)(net, state, t, **kwargs)
+    forward = net.evaluations
+    loss = (z[-1] ** 2).mean() - logp[-1].mean() + 0.1 * energy[-1].mean()
+    gradients = torch.autograd.grad(loss, [points, net.weight])
+    return [z, logp, energy, loss, *gradients, torch.tensor(forward)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "kwargs"),
+    [
+        ("odeint", {"method": "dopri5", "options": {"first_step": 0.1}}),
+        ("odeint", {"method": "rk4", "options": {"step_size": 0.3}}),
+        ("odeint_adjoint", {"method": "dopri5"}),
+        ("odeint_adjoint", {"method": "dopri5", "adjoint_options": {"norm": "seminorm"}}),
+        ("odeint_adjoint", {"method": "midpoint", "options": {"step_size": 0.1}}),
+    ],
+)
+def test_flow(solver: str, kwargs: dict[str, Any]) -> None:
+    kwargs = {"atol": 1e-6, "rtol": 1e-6, **kwargs}
+    for ours, theirs in zip(flow(rampde, solver, **kwargs), flow(torchdiffeq, solver, **kwargs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_sampler() -> None:
+    """As samplers of diffusion models call it: tolerances in lists, times expanded to the batch, no gradients."""
+
+    def velocity(t: Tensor, y: Tensor) -> Tensor:
+        times = torch.ones(y.size(0)) * t
+        return torch.sin(y) * times[:, None]
+
+    noise = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (
+            library.odeint(velocity, noise, torch.linspace(0, 1, 50), method="dopri5", atol=[1e-6], rtol=[1e-3])
+            for library in (rampde, torchdiffeq)
+        )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_list_for_a_tuple() -> None:
+    y0 = (Y, Y.sum())
+    expected = odeint(lambda t, y: (-y[0], y[0].sum() * t), y0, T)
+    for given, wanted in zip(odeint(lambda t, y: [-y[0], y[0].sum() * t], y0, T), expected, strict=True):
+        assert given.equal(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_default_method_in_16_bits(dtype: torch.dtype) -> None:
+    """Where torchdiffeq's step size vanishes."""
+    y = odeint(lambda t, y: -y, torch.ones(3, dtype=dtype), T, rtol=1e-3)
+    assert y.dtype == dtype
+    error = (y.double() - (-T).exp()[:, None]).abs().max()
+    assert error < 2 * torch.finfo(dtype).eps
+
+
+def test_tolerances_that_are_integers() -> None:
+    torch.testing.assert_close(
+        odeint(decay, Y, T, rtol=1, atol=1), torchdiffeq.odeint(decay, Y, T, rtol=1, atol=1), rtol=1e-7, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("interface", ["odeint", "odeint_adjoint"])
+def test_bouncing_ball(interface: str) -> None:
+    """Events in a loop, each from the state of the one before; times and gradients against the closed form."""
+    height, gravity = (torch.tensor([value], dtype=F64, requires_grad=True) for value in (10.0, 9.8))
+
+    class Ball(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gravity = gravity
+
+        def forward(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return y[1], -self.gravity
+
+    params: dict[str, Any] = {"adjoint_params": (gravity,)} if interface == "odeint_adjoint" else {}
+    t, state = torch.zeros(1, dtype=F64), (height, torch.zeros(1, dtype=F64))
+    for _ in range(3):
+        t, solution = rampde.odeint_event(
+            Ball(),
+            state,
+            t,
+            event_fn=lambda t, y: y[0],
+            odeint_interface=getattr(rampde, interface),
+            atol=1e-10,
+            rtol=1e-10,
+            **params,
+        )
+        # just above the ground, so that the next solve does not begin at an event
+        state = (solution[0][-1] + 1e-9, -0.8 * solution[1][-1])
+    fall = torch.sqrt(2 * height / gravity)
+    exact = (fall * (1 + 2 * 0.8 + 2 * 0.64)).sum()
+    torch.testing.assert_close(t, exact, rtol=1e-7, atol=0.0)
+    given = torch.autograd.grad(t, [height, gravity])
+    torch.testing.assert_close(given, torch.autograd.grad(exact, [height, gravity]), rtol=1e-6, atol=0.0)
