@@ -19,7 +19,7 @@ POLICIES = ("step", "none", "tape")
 def tape_is_needed() -> bool:
     """Whether forward mode or a transform of ``torch.func`` is active, which see through the tape alone."""
     in_forward_mode: bool = forward_ad._current_level >= 0
-    return in_forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
+    return in_forward_mode or torch._C._are_functorch_transforms_active()
 
 
 class Checkpoints(Protocol):

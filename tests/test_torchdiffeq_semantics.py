@@ -255,3 +255,10 @@ def test_bouncing_ball(interface: str) -> None:
     torch.testing.assert_close(t, exact, rtol=1e-7, atol=0.0)
     given = torch.autograd.grad(t, [height, gravity])
     torch.testing.assert_close(given, torch.autograd.grad(exact, [height, gravity]), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+def test_compiled_program() -> None:
+    """A compiled function may contain a solve."""
+    program = torch.compile(lambda y: 2 * odeint(decay, y, T, method="rk4"), backend="eager")
+    assert program(Y).equal(2 * odeint(decay, Y, T, method="rk4"))
