@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rampde.grid import time_dtype
 from rampde.odeint import odeint
@@ -115,6 +114,23 @@ class _FirstDerivative(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+        if not torch.is_grad_enabled():
+            return gradients[0]
+        # a gradient without a graph would pass for one whose derivative is zero
+        anchor = gradients[0].new_zeros(()).requires_grad_()
+        refused: Tensor = _NoSecondDerivative.apply(gradients[0], anchor)  # type: ignore[no-untyped-call]
+        return refused
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "second derivatives of the time of an event are not available; differentiate odeint at the event's time,"
+            " held fixed, instead"
+        )

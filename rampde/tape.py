@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rampde.autocast import switched_off
+from rampde.control import Attempt
 from rampde.grid import stage_times
 from rampde.ops import rk_stage, rk_update
 from rampde.precision import accumulation_dtype
@@ -146,8 +147,14 @@ def integrate_taped(problem: Problem, y0: Sequence[Tensor], points: Tensor, firs
     compensation = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
     kept = set(problem.kept)
     results = [y] if 0 in kept else []
+    # a repetition, which evaluates its first stage by itself, is no business of those who listen
+    observer = None if first is None else problem.observer
     for step in range(h_all.shape[0]):
         h, times = h_all[step], times_all[step]
+        start, end = problem.grid.times[step : step + 2]
+        attempt = Attempt(start, end, end - start)
+        if observer is not None:
+            observer.step(attempt, y)
         velocities: list[list[Tensor]] = []
         for i, inputs in enumerate(tableau.stage_inputs):
             if step == 0 and i == 0 and first is not None:
@@ -158,10 +165,13 @@ def integrate_taped(problem: Problem, y0: Sequence[Tensor], points: Tensor, firs
                 for n, (leaf, dtype) in enumerate(zip(y, velocity.dtypes, strict=True))
             ]
             velocities.append(velocity.evaluate(times[i], x))
+        before = y
         y = [
             combine(leaf, h, leaf.dtype, update.weights, compensation[n], [velocities[i][n] for i in update.stages])
             for n, leaf in enumerate(y)
         ]
+        if observer is not None:
+            observer.accepted(attempt, before, 0.0)
         if step + 1 in kept:
             results.append(y)
     with switched_off(points.device):

@@ -89,8 +89,10 @@ class TapedArithmetic(Arithmetic):
         self, y: list[Tensor], trial: Trial, theta: float, index: int, dtypes: Sequence[torch.dtype]
     ) -> list[Tensor]:
         where = torch.tensor(theta, dtype=trial.h.dtype, device=trial.h.device)
-        if self.shift is not None and not self.problem.event_at(index):
-            where = where + (self.points[index] - self.points[index].detach() - self.shift) / trial.h
+        if self.shift is not None:
+            # the time of an event stays where it was found while the steps move
+            moved = 0.0 if self.problem.event_at(index) else self.points[index] - self.points[index].detach()
+            where = where + (moved - self.shift) / trial.h
         weights = [
             weight * trial.h if any(row) else None
             for weight, row in zip(self.tableau.weights_at(where), self.tableau.interpolant, strict=True)
