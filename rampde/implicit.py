@@ -13,7 +13,7 @@ from rampde.grid import StepTimes, stage_times
 from rampde.implicit_adjoint import ImplicitSweep, StageStates
 from rampde.implicit_tableau import ImplicitTableau
 from rampde.implicit_tape import integrate_implicit_taped
-from rampde.newton import StageSolver, read_options
+from rampde.newton import StageSolver, read_options, start_time
 from rampde.ops import rk_update
 from rampde.problem import Problem, Stage
 from rampde.roads import Roads, travel
@@ -46,7 +46,8 @@ class ImplicitRoads(Roads[StageStates]):
         velocity = problem.velocity
         h, times = stage_times(problem.grid.points, _tableau(problem).nodes, velocity.spec.time_dtype, problem.perturb)
         problem.step_times = StepTimes(h, times)
-        return problem.step_times[0][1][0]
+        # of an explicit stage, or to begin the iteration with
+        return start_time(problem, 0)
 
     def first_stage(self, problem: Problem, time: Tensor, x: list[Tensor]) -> Stage:
         with torch.enable_grad():

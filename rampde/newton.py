@@ -42,6 +42,8 @@ SLOW = 5  # further iterations, predicted from the last two corrections, that ar
 CONTRACTION = 0.75  # of an undamped correction by the next one, where the iterate is taken
 LEAST_DAMPING = 2.0**-12
 NOISE = 8.0  # roundings of f within which corrections that stop getting smaller mean that there is no more to get
+CONTINUED = 0.1  # by how much, relatively, the velocity at a start may miss the extrapolation of the step before
+START = -1  # stands for the start of a step among the stages whose random numbers are kept
 SAME_STEP = 1e-3  # relative change of h that a factored matrix is used for
 
 
@@ -103,6 +105,13 @@ class Failure:
     step: int
     size: float
     iterations: int
+
+
+def start_time(problem: Problem, step: int) -> Tensor:
+    """The time at the start of a step as f receives it."""
+    points, dtype = problem.grid.points, problem.velocity.spec.time_dtype
+    time = points[step].detach().to(dtype)
+    return torch.nextafter(time, points[step + 1].detach().to(dtype)) if problem.perturb else time
 
 
 class Linearization:
@@ -234,10 +243,14 @@ class StageSolver:
         ends = self.problem.grid.times
         length = ends[step + 1] - ends[step]
         first = self.problem.first if step == 0 else None
+        starts_explicitly = self.tableau.blocks[0].explicit
         self.random = {}
         if first is not None and self.problem.random is not None:
-            self.random[0] = self.problem.random
-        velocities = self._guess(y, length)
+            self.random[0 if starts_explicitly else START] = self.problem.random
+        start: Tensor | None = None
+        if not starts_explicitly:
+            start, first = self._start(step, y, first), None
+        velocities = self._guess(y, length, start)
         for block in self.tableau.blocks:
             equations = _Equations(self, step, block, y, h, length, times, velocities, first)
             if not block.explicit:
@@ -249,26 +262,44 @@ class StageSolver:
         self._previous = (length, velocities)
         return velocities
 
-    def _guess(self, y: Tensor, length: float) -> list[Tensor]:
-        """Velocities to start from: those of the previous step, extrapolated; zero at the start."""
+    def _start(self, step: int, y: Tensor, first: Stage | None) -> Tensor | None:
+        """(n,) velocity at the start of a step, where it tells more than the last stage of the step before does."""
+        if first is not None:
+            return self.layout.pack(first.k).detach()
+        if self.tableau.stiffly_accurate:
+            return None
+        start = start_time(self.problem, step)
+        return self.layout.pack(self.evaluate(START, start, y).k).detach()
+
+    def _guess(self, y: Tensor, length: float, start: Tensor | None) -> list[Tensor]:
+        """Velocities to begin with: those of the previous step and that at the ``start``, extrapolated; at the very
+        start that one, or zero where it is stiff."""
+        stages = self.tableau.stages
         if self._previous is None:
-            return [torch.zeros_like(y)] * self.tableau.stages
+            if start is None or not self._is_moderate(start, y, length):
+                return [torch.zeros_like(y)] * stages
+            return [start] * stages
         previous, velocities = self._previous
-        ratio = length / previous
+        ratio, nodes = length / previous, self.tableau.nodes
+        if start is not None and self._belongs(start, velocities):
+            nodes, velocities = (*nodes, 1.0), [*velocities, start]
         if ratio > 2:
-            return [velocities[-1]] * self.tableau.stages
-        nodes = self.tableau.nodes
-        guesses = []
-        for c in nodes:
-            weights = [
-                math.prod((1 + ratio * c - other) / (node - other) for other in nodes if other != node)
-                for node in nodes
-            ]
-            guess = weights[0] * velocities[0]
-            for weight, velocity in zip(weights[1:], velocities[1:], strict=True):
-                guess = guess + weight * velocity
-            guesses.append(guess)
-        return guesses
+            return [velocities[-1]] * stages
+        return [_extrapolated(nodes, velocities, 1 + ratio * c) for c in self.tableau.nodes]
+
+    def _belongs(self, start: Tensor, velocities: list[Tensor]) -> bool:
+        """Whether the velocity at the start continues those of the step before; in a stiff problem the error of the
+        state makes it anything."""
+        expected = _extrapolated(self.tableau.nodes, velocities, 1.0)
+        if start.numel() == 0:
+            return False
+        return bool((start - expected).abs().amax() <= CONTINUED * expected.abs().amax())
+
+    def _is_moderate(self, velocity: Tensor, y: Tensor, length: float) -> bool:
+        """Whether a step along ``velocity`` stays near ``y``: the state itself is a point where f is sound."""
+        if y.numel() == 0:
+            return False
+        return bool(abs(length) * velocity.abs().amax() <= y.abs().amax())
 
     def warn(self) -> None:
         """One warning for all steps that did not converge."""
@@ -413,6 +444,16 @@ class _Equations:
             # a singular matrix, or f is not finite: f itself is what shows which
             return current.velocities + current.residual, math.inf
         return current.velocities, size
+
+
+def _extrapolated(nodes: Sequence[float], values: Sequence[Tensor], c: float) -> Tensor:
+    """The polynomial through ``values`` at ``nodes``, at ``c``."""
+    total: Tensor | None = None
+    for node, value in zip(nodes, values, strict=True):
+        weight = math.prod((c - other) / (node - other) for other in nodes if other != node)
+        total = weight * value if total is None else total + weight * value
+    assert total is not None
+    return total
 
 
 def _callers_level() -> int:
