@@ -311,6 +311,13 @@ class Loop:
 
     def run(self, y: list[Tensor], first: Stage) -> Course:
         """Integrates from ``y``, the leaves of y0 in the state's dtype, where f has the stage ``first``."""
+        if torch.compiler.is_dynamo_compiling():
+            # the host decides on every step: there is nothing here that a graph could hold
+            course: Course = torch._dynamo.disable(self._run)(y, first)
+            return course
+        return self._run(y, first)
+
+    def _run(self, y: list[Tensor], first: Stage) -> Course:
         problem, control, arithmetic, observer = self.problem, self.control, self.arithmetic, self.problem.observer
         compensation: list[Tensor | None] = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
         random: tuple[RandomState, ...] = () if problem.random is None else (problem.random,)

@@ -258,7 +258,18 @@ def test_bouncing_ball(interface: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
-def test_compiled_program() -> None:
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_compiled_program(method: str) -> None:
     """A compiled function may contain a solve."""
-    program = torch.compile(lambda y: 2 * odeint(decay, y, T, method="rk4"), backend="eager")
-    assert program(Y).equal(2 * odeint(decay, Y, T, method="rk4"))
+    torch.compiler.reset()
+    weight = RATES.clone().requires_grad_()
+
+    def program(y: Tensor) -> Tensor:
+        doubled: Tensor = 2 * odeint(lambda t, y: -weight * y * (1 + t), y, T, method=method)
+        return doubled
+
+    compiled = torch.compile(program, backend="eager")
+    for ours, expected in zip(
+        *((y, torch.autograd.grad(y.sum(), weight)[0]) for y in (compiled(Y), program(Y))), strict=True
+    ):
+        assert ours.equal(expected)
