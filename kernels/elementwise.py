@@ -19,6 +19,15 @@ def add_weighted(total, term_ptrs, h_ptr, coefficients: tl.constexpr, offsets, m
 
 
 @triton.jit
+def advanced(base, term_ptrs, h_ptr, coefficients: tl.constexpr, offsets, mask):  # [BLOCK]
+    """``base + sum_j h * coefficients[j] * terms[j]``, the terms summed first.
+
+    What is accumulated from step to step is so rounded once in a step.
+    """
+    return base + add_weighted(tl.zeros_like(base), term_ptrs, h_ptr, coefficients, offsets, mask)
+
+
+@triton.jit
 def two_sum(base, increment):  # [BLOCK]
     """The sum and its rounding error, which together are exact."""
     # sums alone, so there is no product to contract into an fma, and nothing here may be reassociated

@@ -39,13 +39,19 @@ def _error_block(
     for j in tl.static_range(terms):
         k += (tl.load(k_ptrs[j] + offsets, mask=mask),)
 
-    total = base if compensation_ptr is None else tl.load(compensation_ptr + offsets, mask=mask).to(accumulation)
+    # the terms first: what is accumulated from step to step is rounded once in a step
+    if compensation_ptr is None:
+        increment = tl.zeros_like(base)
+    else:
+        increment = tl.load(compensation_ptr + offsets, mask=mask).to(accumulation)
     for j in tl.static_range(terms):
         if coefficients[j] != 0.0:
             weight = (h * tl.full((), coefficients[j], tl.float64)).to(accumulation)
-            total += k[j].to(accumulation) * weight
-    if compensation_ptr is not None:
-        total, lost = two_sum(base, total)
+            increment += k[j].to(accumulation) * weight
+    if compensation_ptr is None:
+        total = base + increment
+    else:
+        total, lost = two_sum(base, increment)
         tl.store(compensation_ptr + offsets, rounded(lost, compensation_ptr.dtype.element_ty), mask=mask)
 
     tolerance = tl.maximum(tl.abs(base), tl.abs(total)) * tl.full((), rtol, tl.float64).to(accumulation)

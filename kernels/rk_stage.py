@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rampde.kernels import operands
-from rampde.kernels.elementwise import add_weighted, rounded
+from rampde.kernels.elementwise import advanced, rounded
 from rampde.kernels.launch import Launcher
 
 
@@ -23,8 +23,8 @@ def _stage_block(
     offsets,  # [BLOCK]
     mask,  # [BLOCK], or None for a full block
 ):
-    total = tl.load(y_ptr + offsets, mask=mask).to(accumulation)
-    total = add_weighted(total, k_ptrs, h_ptr, coefficients, offsets, mask)
+    base = tl.load(y_ptr + offsets, mask=mask).to(accumulation)
+    total = advanced(base, k_ptrs, h_ptr, coefficients, offsets, mask)
     tl.store(stage_ptr + offsets, rounded(total, stage_ptr.dtype.element_ty), mask=mask)
 
 

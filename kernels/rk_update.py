@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rampde.kernels import operands
-from rampde.kernels.elementwise import add_weighted, rounded, two_sum
+from rampde.kernels.elementwise import add_weighted, advanced, rounded, two_sum
 from rampde.kernels.launch import Launcher
 
 
@@ -42,7 +42,7 @@ def _update_block(
 ):
     base = tl.load(y_ptr + offsets, mask=mask).to(accumulation)
     if compensation_ptr is None:
-        total = add_weighted(base, k_ptrs, h_ptr, coefficients, offsets, mask)
+        total = advanced(base, k_ptrs, h_ptr, coefficients, offsets, mask)
     else:
         increment = tl.load(compensation_ptr + offsets, mask=mask).to(accumulation)
         increment = add_weighted(increment, k_ptrs, h_ptr, coefficients, offsets, mask)

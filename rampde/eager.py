@@ -47,6 +47,12 @@ def _combine(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -
     return total
 
 
+def _advanced(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """As ``_combine``, the terms summed first: what is accumulated from step to step is rounded once in a step."""
+    increment = _combine(torch.zeros_like(base), terms, factors)
+    return base.to(increment.dtype) + increment
+
+
 def _wide(x: Tensor) -> Tensor:
     """In float64, in which weights are formed, where the device has it."""
     return x if x.device.type == "mps" else x.double()
@@ -65,7 +71,7 @@ def _used(terms: Sequence[Tensor], coefficients: Sequence[float]) -> tuple[list[
 def rk_stage(y: Tensor, k: Sequence[Tensor], h: Tensor, a: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Input of a Runge-Kutta stage: ``X_i = round(y + h * sum_j a_ij k_j)`` in ``dtype``."""
     k, a = _used(k, a)
-    return _combine(y, k, _weights(h, a)).to(dtype)
+    return _advanced(y, k, _weights(h, a)).to(dtype)
 
 
 def _step(y: Tensor, k: Sequence[Tensor], h: Tensor, b: Sequence[float], compensation: Tensor | None) -> Tensor:
@@ -73,7 +79,7 @@ def _step(y: Tensor, k: Sequence[Tensor], h: Tensor, b: Sequence[float], compens
     k, b = _used(k, b)
     weights = _weights(h, b)
     if compensation is None:
-        return _combine(y, k, weights)
+        return _advanced(y, k, weights)
     increment = _combine(compensation, k, weights)
     base = y.to(increment.dtype)
     total = base + increment
@@ -188,7 +194,7 @@ def adjoint_update(
     and whether all of it is finite are gathered there; after an overflow nothing is written.
     """
     factor = h if scale_state is None else _wide(h) / _wide(scale_state[SCALE])
-    total = _combine(adjoint, vjps, [factor] * len(vjps))
+    total = _advanced(adjoint, vjps, [factor] * len(vjps))
     if cotangent is not None:
         total.add_(cotangent)
     if scale_state is None:

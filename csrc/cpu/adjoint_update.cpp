@@ -54,8 +54,7 @@ void adjoint_update(const Tensor& adjoint, const TensorList& vjps, const Tensor&
     std::atomic<uint64_t> maximum{0};
     for_each_block(adjoint.numel(), [&](int64_t begin, int64_t count) {
       Accumulator sums[kBlock];
-      load(sums, base, begin, count);
-      add_terms(sums, terms, factor, begin, count);
+      advance(sums, base, terms, factor, begin, count);
       if (loss) add_scaled(sums, *loss, 1.0, begin, count);
       store(next, sums, begin, count);
       if (scaling != nullptr) raise_to(maximum, largest(sums, dtype, count));

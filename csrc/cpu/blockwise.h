@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "../operands.h"
@@ -84,13 +85,23 @@ void add_terms(Accumulator* sums, const Terms& terms, double factor, int64_t beg
   }
 }
 
+// `total = base + factor * sum_j coefficient_j * term_j`, the terms summed first: what is
+// accumulated from step to step is rounded once in a step
+template <class Accumulator>
+void advance(Accumulator* total, const Operand& base, const Terms& terms, double factor,
+             int64_t begin, int64_t count) {
+  std::fill_n(total, count, Accumulator{0});
+  add_terms(total, terms, factor, begin, count);
+  add_scaled(total, base, 1.0, begin, count);
+}
+
 // `total = y + h * sum_j coefficient_j * term_j`; `lost`, where given, carries what the sum rounds
 // away
 template <class Accumulator>
 void step(Accumulator* total, const Operand& y, const Terms& terms, double h,
           const std::optional<Output>& lost, int64_t begin, int64_t count) {
+  if (!lost) return advance(total, y, terms, h, begin, count);
   load(total, y, begin, count);
-  if (!lost) return add_terms(total, terms, h, begin, count);
   Accumulator increment[kBlock];
   load(increment, Operand{lost->data, lost->dtype}, begin, count);
   add_terms(increment, terms, h, begin, count);

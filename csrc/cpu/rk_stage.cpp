@@ -21,8 +21,7 @@ Tensor rk_stage(const Tensor& y, const TensorList& k, const Tensor& h, const std
   with_accumulator(state_dtype, [&]<class Accumulator>() {
     for_each_block(y.numel(), [&](int64_t begin, int64_t count) {
       Accumulator sums[kBlock];
-      load(sums, base, begin, count);
-      add_terms(sums, terms, step, begin, count);
+      advance(sums, base, terms, step, begin, count);
       store(target, sums, begin, count);
     });
   });

@@ -42,8 +42,9 @@ __global__ void __launch_bounds__(kThreads)
                   [&]<int kCount>(int64_t i) {
                     constexpr auto kOne = static_cast<Accumulator>(1);
                     Accumulator sums[kCount] = {};
-                    add_scaled(sums, kOne, sum.base, sum.base_dtype, i);
+                    // the terms first: what is accumulated is rounded once in a step
                     add_terms<kCount, Term>(sums, sum, weights, i);
+                    add_scaled(sums, kOne, sum.base, sum.base_dtype, i);
                     if (sum.extra != nullptr) {
                       add_scaled(sums, kOne, sum.extra, sum.extra_dtype, i);
                     }
