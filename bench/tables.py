@@ -71,7 +71,22 @@ def solvers() -> str:
     return markdown(["", "solver", *"abcde"], rows) + "\n\n" + source(found)
 
 
-TABLES = {"accuracy": accuracy, "solvers": solvers}
+def adaptive() -> str:
+    """What an adaptive step costs beside torchdiffeq's and torchode's."""
+    found = json.loads((CPU / "adaptive.json").read_text())
+    figures = {(row["problem"], row["solver"], row["quantity"]): row["value"] for row in found["rows"]}
+    problems = list(dict.fromkeys(row["problem"] for row in found["rows"]))
+    names = list(dict.fromkeys(row["solver"] for row in found["rows"]))
+    quantities = {"f evaluations": "f evaluations", "us an accepted step beyond f": "µs a step beyond f"}
+    rows = [
+        [title, name, *(f"{figures[problem, name, quantity]:.0f}" for problem in problems)]
+        for quantity, title in quantities.items()
+        for name in names
+    ]
+    return markdown(["", "solver", *problems], rows) + "\n\n" + source(found)
+
+
+TABLES = {"accuracy": accuracy, "solvers": solvers, "adaptive": adaptive}
 
 
 def written(text: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rampde.checkpoint import Checkpoints
 from rampde.control import AdaptiveSteps, Attempt, Control, EqualSteps, TooManySteps
-from rampde.error_norm import ErrorNorm, Rounding, warn_of_rounding
+from rampde.error_norm import ErrorNorm, unit_of_rounding
 from rampde.events import EventSearch
 from rampde.grid import Output, TimeGrid, time_dtype
 from rampde.ops import rk_stage, rk_update
@@ -458,7 +458,7 @@ def new_norm(problem: Problem, first: Stage) -> ErrorNorm | None:
     """The norm of the error; None where steps are not judged."""
     if not isinstance(problem.control, AdaptiveOptions):
         return None
-    return ErrorNorm(problem, problem.control.norm, Rounding(problem, first.k))
+    return ErrorNorm(problem, problem.control.norm, unit_of_rounding(problem, first.k))
 
 
 def run_loop(
@@ -487,11 +487,10 @@ def run_loop(
         if h is None:
             with torch.no_grad():
                 h = norm.first_step(y, first, start, sign, order)
-        control = AdaptiveSteps(problem.control, order, start, sign, h, 1.0 / norm.rounding.visible)
+        control = AdaptiveSteps(problem.control, order, start, sign, h)
     course = Loop(problem, control, arithmetic, rows, checkpoints, problem.search).run(y, first)
-    if isinstance(control, AdaptiveSteps) and control.worst_noise > 1.0:
-        # rounding varies from step to step
-        warn_of_rounding(problem, control.worst_rounding, margin=2.0)
+    if norm is not None and isinstance(control, AdaptiveSteps):
+        norm.warn_of_rounding(control.worst_noise)
     problem.step_times = course.steps
     problem.grid = TimeGrid(problem.grid.points, course.steps.points or [start], course.outputs)
     if course.event_time is not None:

@@ -48,3 +48,14 @@ def switched_off(device: torch.device) -> AbstractContextManager[None]:
     if not _is_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def uncached_autocast() -> Iterator[None]:
+    """Casts of parameters made here, without a graph, are not used later where there is one."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rampde.control import BLIND_GROWTH, MOST_NOISE, NOISE_LIMITED, VISIBLE_NOISE
+from rampde.control import GOOD_ENOUGH, HIDDEN_GROWTH, KNOWN_TO_A_FACTOR
 from rampde.options import AdaptiveOptions
 
 
@@ -17,10 +17,10 @@ class BatchControl:
     Attributes:
         time: (R,) where each sample is.
         h: (R,) > 0, the size of its next step.
-        worst_noise: (R,) what rounding brought into its worst step, in units of the tolerance.
+        worst_noise: (R,) what rounding brought into the estimated error of its worst step, in units of the tolerance.
     """
 
-    VECTORS = ("time", "h", "worst_noise", "_previous", "_one_before", "_rejected_size", "_rejected_ratio")
+    VECTORS = ("time", "h", "worst_noise", "_previous", "_one_before", "_hidden_growth")
 
     def __init__(self, options: AdaptiveOptions, order: int, start: Tensor, h: Tensor, noisy: bool) -> None:
         """``noisy``: whether 16-bit velocities take part, whose rounding must not shrink the steps."""
@@ -29,7 +29,7 @@ class BatchControl:
         self.time, self.h = start, self._clamped(h)
         self.worst_noise = torch.zeros_like(start)
         self._previous = self._one_before = torch.ones_like(start)
-        self._rejected_size = self._rejected_ratio = torch.full_like(start, math.inf)
+        self._hidden_growth = torch.full_like(start, min(HIDDEN_GROWTH, options.ifactor))
         self._tiny = torch.finfo(start.dtype).tiny
 
     def _clamped(self, h: Tensor) -> Tensor:
@@ -38,16 +38,17 @@ class BatchControl:
     def judge(self, ratio: Tensor, noise: Tensor) -> Tensor:
         """Which steps stand, by their errors; ``h`` is then that of the next ones."""
         size, options = self.h, self._options
-        accepted = ratio <= 1.0
+        rounding = KNOWN_TO_A_FACTOR * noise
+        allowed = rounding.clamp(min=1.0) if self._noisy else torch.ones_like(ratio)
+        accepted = ratio <= allowed
+        good = accepted
         if options.min_step > 0:
-            accepted |= size <= options.min_step
+            accepted = accepted | (size <= options.min_step)
         if self._noisy:
-            limited = ~accepted & (ratio <= MOST_NOISE * noise) & torch.isfinite(self._rejected_ratio)
-            limited &= ratio > self._rejected_ratio * (size / self._rejected_size) ** NOISE_LIMITED
-            noise = torch.where(limited, torch.maximum(noise, ratio), noise)
-            ratio = torch.where(limited, ratio.clamp(max=1.0), ratio)
-            accepted = accepted | limited
             self.worst_noise = torch.where(accepted, torch.maximum(self.worst_noise, noise), self.worst_noise)
+            hidden = accepted & (ratio < rounding)
+            seen = torch.where(accepted, torch.hypot(ratio, noise), ratio) / allowed
+            ratio = torch.where(good & (noise > 0), seen.clamp(max=GOOD_ENOUGH), seen)
         p, i, d = options.coefficients
         # an infinite error gives 0, which the smallest factor replaces
         error = ratio.clamp(min=self._tiny)
@@ -61,11 +62,10 @@ class BatchControl:
             smallest = torch.where(ratio < 1.0, 1.0, options.dfactor)
             factor = torch.maximum(factor, smallest).clamp(max=options.ifactor)
         if self._noisy:
-            growth = torch.where(torch.isfinite(self._rejected_ratio), 1.0, BLIND_GROWTH)
-            hidden = (ratio < noise) & (noise > VISIBLE_NOISE)
-            factor = torch.where(hidden, torch.minimum(factor, growth), factor)
-            self._rejected_size = torch.where(accepted, math.inf, size)
-            self._rejected_ratio = torch.where(accepted, math.inf, ratio)
+            factor = torch.where(hidden, torch.maximum(factor, self._hidden_growth), factor)
+            back = torch.minimum(factor, self._hidden_growth**-0.5)
+            factor = torch.where(accepted | (noise == 0), factor, back)
+            self._hidden_growth = torch.where(accepted, self._hidden_growth, self._hidden_growth**0.5)
         self.h = self._clamped(size * factor)
         return accepted
 

@@ -9,19 +9,10 @@ from typing import NamedTuple, Protocol
 
 from rampde.options import AdaptiveOptions
 
-# the next four of steps that each sample has to itself:
-# an error that falls from one attempt to the next by less than this power of the step size is not one of truncation
-NOISE_LIMITED = 2.0
-# how many times the rounding that is expected the error may then be, for f that rounds more inside than at its ends
-MOST_NOISE = 3.0
-# where rounding brings this part of the tolerance into a step and hides its error, the next one may be far too large:
-# it grows by no more than this
-VISIBLE_NOISE, BLIND_GROWTH = 0.5, 5.0
-
-# rounding measured at one point, on the way from there
+# the rounding of f is measured at one point, relative to its velocity, and known to such a factor on the way from there
 KNOWN_TO_A_FACTOR = 4.0
-# growth of steps whose error is hidden by rounding
-HIDDEN_GROWTH = 2.0
+# growth of steps whose error is hidden by rounding; its root after each that was too large
+HIDDEN_GROWTH = 4.0
 # the largest error after which a step does not become smaller
 GOOD_ENOUGH = math.nextafter(1.0, 0.0)
 
@@ -126,21 +117,15 @@ class Growth:
 class AdaptiveSteps:
     """Steps as large as the tolerance allows.
 
-    Where velocities have 16 bits, rounding makes an error in the state that no choice of steps avoids, and a smaller
-    one in the estimate of the error of the method: with independent roundings, ``|e| / |b|`` times as large for weights
-    ``e`` and ``b`` of the two. A method's error below that in the state costs nothing, so it is allowed, and a
-    tolerance below it means no more than that; so is an error that is no more than the rounding in the estimate can be,
-    known as that is to a factor. The estimate does not show errors below its own share of rounding: they could be as
-    large as that, so growth is decided by both, or be nothing, so that a step whose error is not seen at all is
-    followed by one of twice its size.
+    Where velocities have 16 bits their rounding shows in the estimated error. Smaller steps do not lower it by more
+    than their size, and gain nothing: the rounding that enters the state itself is larger still (with independent
+    roundings by ``|b| / |e|``). So an error is good enough that is no more than this rounding may be, and a step whose
+    error may be nothing but rounding is followed by a much larger one, by less after each that was too large.
     """
 
-    def __init__(
-        self, options: AdaptiveOptions, order: int, start: float, sign: float, h: float, magnified: float = 1.0
-    ) -> None:
-        """``start`` in the user's time, ``sign`` -1 in reverse time; ``h`` > 0 is the size of the first step;
-        ``magnified``: how much larger rounding is in the state than in the estimated error."""
-        self._options, self._magnified = options, magnified
+    def __init__(self, options: AdaptiveOptions, order: int, start: float, sign: float, h: float) -> None:
+        """``start`` in the user's time, ``sign`` -1 in reverse time; ``h`` > 0 is the size of the first step."""
+        self._options = options
         self._growth = Growth(options, order)
         self._sign = sign
         self.time = start
@@ -149,8 +134,9 @@ class AdaptiveSteps:
         self._attempts = 0
         self._step_times = options.stops(options.step_t, start, sign)
         self._jump_times = options.stops(options.jump_t, start, sign)
-        # what rounding brought into the estimated error of the worst step so far, and into its state
-        self.worst_noise = self.worst_rounding = 0.0
+        # what rounding brought into the estimated error of the worst step so far
+        self.worst_noise = 0.0
+        self._hidden_growth = min(HIDDEN_GROWTH, options.ifactor)
 
     def propose(self) -> Attempt:
         options, sign, start = self._options, self._sign, self.time
@@ -187,22 +173,25 @@ class AdaptiveSteps:
 
     def judge(self, attempt: Attempt, ratio: float, noise: float) -> bool:
         options, size = self._options, abs(attempt.h)
-        rounding = self._magnified * noise
-        allowed = max(rounding, KNOWN_TO_A_FACTOR * noise, 1.0)
+        rounding = KNOWN_TO_A_FACTOR * noise
+        allowed = max(rounding, 1.0)
         accepted = ratio <= allowed or size <= options.min_step
-        seen = math.hypot(ratio, noise) / allowed if accepted else ratio / allowed
-        if accepted and ratio <= allowed:
-            seen = min(seen, GOOD_ENOUGH if noise > 0.0 else 1.0)
+        seen = (math.hypot(ratio, noise) if accepted else ratio) / allowed
+        if noise > 0.0 and ratio <= allowed:
+            seen = min(seen, GOOD_ENOUGH)
         factor = self._growth.factor(seen, accepted)
-        if accepted and ratio < noise:
-            # nothing of the error is seen: a search by doubling, in which a step too many costs one attempt
-            factor = max(factor, min(HIDDEN_GROWTH, options.ifactor))
+        if accepted and ratio < rounding:
+            factor = max(factor, self._hidden_growth)
+        elif not accepted and noise > 0.0 and self._hidden_growth > 1.0:
+            # the growth was a guess: half way back
+            factor = min(factor, self._hidden_growth**-0.5)
         self.h = min(max(size * factor, options.min_step), options.max_step)
         if accepted:
             self.worst_noise = max(self.worst_noise, noise)
-            self.worst_rounding = max(self.worst_rounding, rounding)
             self.time = attempt.end
             self._after_jump = attempt.before_jump
+        else:
+            self._hidden_growth **= 0.5
         return accepted
 
     def new_interval(self) -> None:

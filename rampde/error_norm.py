@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rampde.autocast import uncached_autocast
 from rampde.ops import rk_error, rk_stage
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
@@ -23,51 +23,20 @@ ROUNDOFF = 2.0
 """Rounding of a 16-bit velocity in units of its unit roundoff: that of its input, and that of its own."""
 
 
-class Rounding:
-    """What the rounding of 16-bit velocities is in the error of a step.
-
-    Of a velocity k_i rounding leaves ``u k_i`` open. In the estimated error it shows as ``h u |(e_i k_i)|``, in the
-    state at the end of the step as ``h u |(b_i k_i)|``, which is larger by about ``|b| / |e|``. An error below the
-    latter is not worth a smaller step: the step itself brings as much.
-
-    Attributes:
-        unit: twice the unit roundoff; 0 where velocities have 32 bits or more, whose rounding lies below every
-            sensible tolerance.
-        allowed: ``unit`` times ``|b| / |e|``: what is taken off the error, where velocities are multiplied with e.
-        visible: the share of ``allowed`` that shows in the estimated error.
-    """
-
-    def __init__(self, problem: Problem, k: Sequence[Tensor]) -> None:
-        """``k``: velocities that f returned."""
-        velocity, tableau = problem.velocity, problem.tableau
-        assert isinstance(tableau, ClosedTableau)
-        dtypes = [*velocity.dtypes, *(value.dtype for value in k)]
-        if velocity.autocast.enabled:
-            dtypes.append(velocity.autocast.dtype)
-        epsilons = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]
-        self.unit = ROUNDOFF * max(epsilons) / 2 if epsilons else 0.0
-        of_state, of_error = (math.hypot(*map(float, weights)) for weights in (tableau.b, tableau.error))
-        ratio = max(of_state / of_error, 1.0)
-        self.allowed, self.visible = self.unit * ratio, 1.0 / ratio
+# rounding varies from step to step, and is measured at a few of them: the share of it in an error, in units of the
+# tolerance, above which a warning is due, and how much more of it the tolerances named there allow for
+VISIBLE, MARGIN = 2.0, 4.0
 
 
-def warn_of_rounding(problem: Problem, noise: float, margin: float = 1.0) -> None:
-    """Warns that rounding alone makes errors ``noise`` times as large as the tolerances, and names reachable ones.
-
-    ``margin``: by how much more the rounding may be than was seen.
-    """
-    tolerance, velocity = problem.tolerance, problem.velocity
-    rtol, atol = (
-        max(float(torch.as_tensor(bound).max()) for bound in bounds) for bounds in (tolerance.rtol, tolerance.atol)
-    )
-    dtype = velocity.autocast.dtype if velocity.autocast.enabled else velocity.dtypes[0]
-    warnings.warn(
-        f"rtol={rtol:g}, atol={atol:g} cannot be reached with velocities in {dtype}: their rounding alone makes errors"
-        f" {noise:.2g} times as large. About rtol={rtol * noise * margin:.1g}, atol={atol * noise * margin:.1g} is"
-        " reachable: ask for that, or evaluate func in float32",
-        UserWarning,
-        stacklevel=2,
-    )
+def unit_of_rounding(problem: Problem, k: Sequence[Tensor]) -> float:
+    """What rounding to 16 bits makes of the velocities ``k`` at least, relatively; 0 where they have 32 bits or more,
+    whose rounding lies below every sensible tolerance."""
+    velocity = problem.velocity
+    dtypes = [*velocity.dtypes, *(value.dtype for value in k)]
+    if velocity.autocast.enabled:
+        dtypes.append(velocity.autocast.dtype)
+    epsilons = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2]
+    return ROUNDOFF * max(epsilons) / 2 if epsilons else 0.0
 
 
 class ErrorNorm:
@@ -90,12 +59,13 @@ class ErrorNorm:
             norm is the default one, on real leaves.
     """
 
-    def __init__(self, problem: Problem, norm: Callable[[Any], Any] | None, rounding: Rounding) -> None:
-        self.problem, self.norm, self.rounding = problem, norm, rounding
+    def __init__(self, problem: Problem, norm: Callable[[Any], Any] | None, unit: float) -> None:
+        """``unit``: least relative rounding of a velocity, as of :func:`unit_of_rounding`."""
+        self.problem, self.norm, self.unit = problem, norm, unit
         spec = problem.velocity.spec
-        self.measurable = rounding.unit > 0.0
+        self.measurable = unit > 0.0
         # by leaf; never less than what a single rounding of input and output makes
-        self.roundoffs = [rounding.unit for _ in spec.leaves]
+        self.roundoffs = [unit for _ in spec.leaves]
         # of the last step: error and rounding's share in it, squared, by leaf
         self._parts: list[tuple[float, float]] = []
         tolerance = problem.tolerance
@@ -104,6 +74,25 @@ class ErrorNorm:
         tableau: ClosedTableau = problem.tableau  # type: ignore[assignment]  # closed: adaptive ones are
         self.b, self.e = tableau.error_weights
         self.attempted = tableau.attempted
+
+    def warn_of_rounding(self, noise: float) -> None:
+        """Warns where rounding made an estimated error, ``noise`` times the tolerances, larger than these by far; names
+        reachable ones."""
+        if noise <= VISIBLE:
+            return
+        tolerance, velocity = self.problem.tolerance, self.problem.velocity
+        rtol, atol = (
+            max(float(torch.as_tensor(bound).max()) for bound in bounds) for bounds in (tolerance.rtol, tolerance.atol)
+        )
+        reachable = MARGIN * noise
+        dtype = velocity.autocast.dtype if velocity.autocast.enabled else velocity.dtypes[0]
+        warnings.warn(
+            f"rtol={rtol:g}, atol={atol:g} cannot be reached with velocities in {dtype}: their rounding alone makes"
+            f" errors {noise:.2g} times as large. About rtol={rtol * reachable:.1g}, atol={atol * reachable:.1g} is"
+            " reachable: ask for that, or evaluate func in float32",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def fused_update(
         self,
@@ -153,8 +142,8 @@ class ErrorNorm:
         velocity, before = self.problem.velocity, list(self.roundoffs)
         device = velocity.spec.device
         random = RandomState.current(device)
-        unit = self.rounding.unit / (ROUNDOFF / 2)
-        with torch.no_grad(), _autocast_uncached():
+        unit = self.unit / (ROUNDOFF / 2)
+        with torch.no_grad(), uncached_autocast():
             moved = velocity.evaluate(at.time.detach(), [_moved_by(leaf.detach(), unit) for leaf in at.x])
         if not random.equals(RandomState.current(device)):
             # what f draws at random would count as rounding
@@ -169,7 +158,7 @@ class ErrorNorm:
         for leaf, (change, whole, size) in enumerate(pairs):
             of_change, of_whole = _root_mean_square(change, size), _root_mean_square(whole, size)
             if math.isfinite(of_change) and of_whole > 0:
-                self.roundoffs[leaf] = max(self.rounding.unit, of_change / of_whole)
+                self.roundoffs[leaf] = max(self.unit, of_change / of_whole)
         if not self._parts:
             return 0.0, 0.0
         factors = [(new / old) ** 2 for old, new in zip(before, self.roundoffs, strict=True)]
@@ -205,7 +194,7 @@ class ErrorNorm:
         ]
         ratios = self._ratios(errors, sizes)
         shares = [torch.zeros_like(ratio) for ratio in ratios]
-        if self.rounding.unit:
+        if self.unit:
             rounding = [
                 _root_of_squares(of_leaf, [roundoff * e for e in self.e], h)
                 for of_leaf, roundoff in zip(used, self.roundoffs, strict=True)
@@ -218,7 +207,7 @@ class ErrorNorm:
             ]
             return self._judged()
         unflatten = self.problem.velocity.spec.unflatten
-        noise = abs(float(self.norm(unflatten(shares)))) if self.rounding.unit else 0.0
+        noise = abs(float(self.norm(unflatten(shares)))) if self.unit else 0.0
         self._parts = [(abs(float(self.norm(unflatten(ratios)))) ** 2, noise**2)]
         return self._judged()
 
@@ -266,7 +255,7 @@ class ErrorNorm:
         h = h.to(y[0].device)
         x = [rk_stage(leaf, [slope], h, [1.0], dtype) for leaf, slope, dtype in zip(y, k, velocity.dtypes, strict=True)]
         time = torch.tensor(start + sign * guess, dtype=velocity.spec.time_dtype, device=y[0].device)
-        with _autocast_uncached():
+        with uncached_autocast():
             moved = [value.detach() for value in velocity.evaluate(time, x)]
         changes = [new.to(old.dtype) - old for new, old in zip(moved, k, strict=True)]
         # a change that rounding alone would make says nothing about the problem
@@ -290,17 +279,6 @@ def _moved_by(x: Tensor, unit: float) -> Tensor:
         sign = torch.where(draw < 2, sign, 0)
     # between 3/4 of a unit in the last place and 3/2, which rounds to one
     return x * (1 + 0.75 * unit * sign).view(x.shape).to(x.dtype)
-
-
-@contextmanager
-def _autocast_uncached() -> Iterator[None]:
-    """Casts of parameters made without a graph must not be used later where there is one."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _fitted(bound: Bound, value: Tensor, is_complex: bool) -> float | Tensor:

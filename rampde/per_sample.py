@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rampde.batch_control import BatchControl
 from rampde.checkpoint import Checkpoints
-from rampde.error_norm import Rounding, warn_of_rounding
+from rampde.error_norm import ErrorNorm, unit_of_rounding
 from rampde.grid import time_dtype
 from rampde.ops import rk_error, rk_stage
 from rampde.options import AdaptiveOptions
@@ -146,7 +146,9 @@ class _Batch:
         spec = problem.velocity.spec
         self.y = [leaf.contiguous().to(of_leaf.state_dtype) for leaf, of_leaf in zip(y0, spec.leaves, strict=True)]
         self.x, self.k = problem.first.x, list(problem.first.k)
-        self.rounding = Rounding(problem, self.k)
+        self.norm = ErrorNorm(problem, None, unit_of_rounding(problem, self.k))
+        if self.norm.measurable:
+            self.norm.measure(self.y, problem.first)
         self.sizes = [
             max(leaf[:1].numel() // (2 if of_leaf.dtype.is_complex else 1), 1)
             for leaf, of_leaf in zip(self.y, spec.leaves, strict=True)
@@ -161,7 +163,7 @@ class _Batch:
         start = self.output_times[:, 0].clone()
         with torch.no_grad():
             h = self._first_step(start)
-        self.control = BatchControl(self.options, problem.method.control_order, start, h, self.rounding.unit > 0)
+        self.control = BatchControl(self.options, problem.method.control_order, start, h, self.norm.unit > 0)
         # index of the next output of each sample, its time, and the step at which the last one was reached
         self.due = torch.ones_like(start, dtype=torch.int64)
         self.next_time = self.output_times[:, 1].clone()
@@ -182,10 +184,8 @@ class _Batch:
         while not self._step():
             pass
         problem.batch_steps = self.steps
-        if self.rounding.unit:
-            worst = self.rounding.visible * max(self.worst_noise, float(self.control.worst_noise.max()))
-            if worst > 1.0:
-                warn_of_rounding(problem, worst)
+        if self.norm.unit:
+            self.norm.warn_of_rounding(max(self.worst_noise, float(self.control.worst_noise.max())))
         if problem.stats is not None:
             problem.stats.accepted_of_sample = self.accepted.tolist()
             problem.stats.rejected_of_sample = (self.attempted - self.accepted).tolist()
@@ -290,7 +290,7 @@ class _Batch:
             new = torch.empty_like(y)
             rtol, atol = tolerance.rtol[leaf], tolerance.atol[leaf]
             if isinstance(rtol, float) and isinstance(atol, float) and not spec.leaves[leaf].dtype.is_complex:
-                sums = rk_error(y, used, self.stages.one, b, e, rtol, atol, self.rounding.allowed, y.shape[0], new)
+                sums = rk_error(y, used, self.stages.one, b, e, rtol, atol, self.norm.roundoffs[leaf], y.shape[0], new)
             else:
                 new = rk_stage(y, used, self.stages.one, b, y.dtype)
                 sums = self._sums(leaf, y, new, used, e)
@@ -303,7 +303,7 @@ class _Batch:
     def _sums(self, leaf: int, y: Tensor, y_next: Tensor, terms: list[Tensor], e: list[float]) -> Tensor:
         """As the operator's sums, for tolerances that are tensors and for complex leaves."""
         error = rk_stage(torch.zeros_like(y), terms, self.stages.one, e, y.dtype)
-        rounding = sum((self.rounding.allowed * w * term).square() for w, term in zip(e, terms, strict=True))
+        rounding = sum((self.norm.roundoffs[leaf] * w * term).square() for w, term in zip(e, terms, strict=True))
         allowed = self._allowed(leaf, torch.maximum(self._magnitude(leaf, y), self._magnitude(leaf, y_next)))
         of_error = torch.where(error == 0, 0.0, error / allowed).square()
         of_rounding = torch.where(error == 0, 0.0, rounding / allowed.square())
@@ -369,7 +369,7 @@ class _Batch:
         if len(kept) == len(going):
             return False
         indices = kept.to(self.due.device)
-        if self.rounding.unit:
+        if self.norm.unit:
             self.worst_noise = max(self.worst_noise, float(self.control.worst_noise.max()))
         self.rows = indices if self.rows is None else self.rows[indices]
         self.control.keep(indices)
@@ -399,7 +399,7 @@ class _Batch:
         time = (start + self.sign * guess).to(self.problem.velocity.spec.time_dtype).reshape(self.stages.time_shape)
         moved = self.stages.evaluate(time, x)
         changes = [new.detach().to(old.dtype) - old for new, old in zip(moved, k, strict=True)]
-        change = (self._row_norm(changes, allowed) - self.rounding.unit * of_velocity).clamp(min=0) / guess
+        change = (self._row_norm(changes, allowed) - self.norm.unit * of_velocity).clamp(min=0) / guess
         largest = torch.maximum(of_velocity, change)
         flat = largest <= 1e-15
         size = torch.where(flat, (guess * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1.0 / self.order))
