@@ -24,7 +24,9 @@ def advanced(base, term_ptrs, h_ptr, coefficients: tl.constexpr, offsets, mask):
 
     What is accumulated from step to step is so rounded once in a step.
     """
-    return base + add_weighted(tl.zeros_like(base), term_ptrs, h_ptr, coefficients, offsets, mask)
+    # minus zero is what added to anything leaves it as it is
+    nothing = tl.full(base.shape, -0.0, base.dtype)
+    return base + add_weighted(nothing, term_ptrs, h_ptr, coefficients, offsets, mask)
 
 
 @triton.jit

@@ -41,7 +41,8 @@ def _error_block(
 
     # the terms first: what is accumulated from step to step is rounded once in a step
     if compensation_ptr is None:
-        increment = tl.zeros_like(base)
+        # minus zero is what added to anything leaves it as it is
+        increment = tl.full(base.shape, -0.0, base.dtype)
     else:
         increment = tl.load(compensation_ptr + offsets, mask=mask).to(accumulation)
     for j in tl.static_range(terms):

@@ -38,6 +38,9 @@ from rampde.scaling import (
     power_of_two_below,
 )
 
+# elements of a sum that one thread forms
+BLOCK = 1024
+
 
 def _combine(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
     """``base + sum_j factors[j] * terms[j]``, a new tensor in the accumulation dtype and layout of ``base``."""
@@ -49,8 +52,9 @@ def _combine(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -
 
 def _advanced(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
     """As ``_combine``, the terms summed first: what is accumulated from step to step is rounded once in a step."""
-    increment = _combine(torch.zeros_like(base), terms, factors)
-    return base.to(increment.dtype) + increment
+    # minus zero is what added to anything leaves it as it is
+    nothing = torch.full_like(base, -0.0)
+    return _combine(nothing, terms, factors).add_(base)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -154,7 +158,16 @@ def rk_error(
         checkpoint.copy_(total)
     squares = _wide(ratio).square().nan_to_num(torch.inf, torch.inf)
     parts = _wide(share).nan_to_num(0.0, 0.0) * roundoff**2
-    return torch.stack([x.reshape(rows, y.numel() // max(rows, 1)).sum(1) for x in (squares, parts)], 1)
+    return torch.stack([_row_sums(x.reshape(rows, y.numel() // max(rows, 1))) for x in (squares, parts)], 1)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Sums of the rows of a matrix, by blocks: no sum is long enough for several threads to share it, whose number
+    would show."""
+    while x.shape[1] > BLOCK:
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
+        x = x.reshape(x.shape[0], -1, BLOCK).sum(2)
+    return x.sum(1)
 
 
 def adjoint_stage(

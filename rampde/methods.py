@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from rampde.adams import ADAMS_METHODS
 from rampde.implicit_tableau import IMPLICIT_METHODS, ImplicitTableau
-from rampde.scipy_solver import ScipySolver
+from rampde.scipy_solver import SCIPY_METHODS
 from rampde.tableau import ButcherTableau, EmbeddedTableau
 
 ADAPTIVE: dict[str, EmbeddedTableau] = {
@@ -255,7 +255,7 @@ METHODS: dict[str, object] = {
     **FIXED,
     **ADAMS_METHODS,
     **IMPLICIT_METHODS,
-    "scipy_solver": ScipySolver(),
+    **SCIPY_METHODS,
 }
 
 DEFAULT = "dopri5"

@@ -197,7 +197,7 @@ def _number(name: str, value: object) -> float:
 def _positive(name: str, value: object, finite: bool = True) -> float:
     number = _number(name, value)
     if not number > 0 or (finite and number == math.inf):
-        raise ValueError(f"{name} is {value!r}, expected a positive{', finite' if finite else ''} number")
+        raise ValueError(f"{name} is {number}, expected a positive{', finite' if finite else ''} number")
     return number
 
 

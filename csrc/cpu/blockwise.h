@@ -90,7 +90,8 @@ void add_terms(Accumulator* sums, const Terms& terms, double factor, int64_t beg
 template <class Accumulator>
 void advance(Accumulator* total, const Operand& base, const Terms& terms, double factor,
              int64_t begin, int64_t count) {
-  std::fill_n(total, count, Accumulator{0});
+  // minus zero is what added to anything leaves it as it is
+  std::fill_n(total, count, Accumulator{-0.0});
   add_terms(total, terms, factor, begin, count);
   add_scaled(total, base, 1.0, begin, count);
 }

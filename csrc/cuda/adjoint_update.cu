@@ -41,7 +41,9 @@ __global__ void __launch_bounds__(kThreads)
   for_each_vector(0, sum.numel, sum.aligned, thread, int64_t{gridDim.x} * kThreads,
                   [&]<int kCount>(int64_t i) {
                     constexpr auto kOne = static_cast<Accumulator>(1);
-                    Accumulator sums[kCount] = {};
+                    Accumulator sums[kCount];
+#pragma unroll
+                    for (Accumulator& sum_of : sums) sum_of = Accumulator{-0.0};
                     // the terms first: what is accumulated is rounded once in a step
                     add_terms<kCount, Term>(sums, sum, weights, i);
                     add_scaled(sums, kOne, sum.base, sum.base_dtype, i);
