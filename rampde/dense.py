@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rampde.adaptive import Arithmetic, Loop, Rows, Trial, new_norm, run_loop
+from rampde.adaptive import Loop, Rows, new_norm, run_loop
 from rampde.arguments import Request, read_arguments
+from rampde.attempts import Arithmetic, Trial
 from rampde.control import Attempt, Replay
 from rampde.families import EMBEDDED, family_of
 from rampde.grid import Output

@@ -13,6 +13,7 @@ from rampde.tableau import (
     Coefficient,
     Combination,
     combination,
+    consistent_nodes,
     nearly_equal,
     order_of,
     read_coefficients,
@@ -76,18 +77,9 @@ class ImplicitTableau:
             rows.append(row + (0,) * (stages - len(row)))
         if not any(any(row[i:]) for i, row in enumerate(rows)):
             raise ValueError("a is strictly lower triangular, which is an explicit method: use rampde.ButcherTableau")
-        nodes = tuple(sum(row, start=F(0)) for row in rows)
-        c = nodes if self.c is None else read_coefficients("c", self.c)
-        if len(c) != stages:
-            raise ValueError(f"c has {len(c)} nodes, expected {stages}")
-        for i, (node, row_sum) in enumerate(zip(c, nodes, strict=True)):
-            if not nearly_equal(node, row_sum):
-                raise ValueError(f"c[{i}] is {node}, expected {row_sum}, the sum of a[{i}] (consistency)")
-        if not nearly_equal(sum(b), 1):
-            raise ValueError(f"b sums to {sum(b)}, expected 1 (consistency)")
         object.__setattr__(self, "a", tuple(rows))
         object.__setattr__(self, "b", b)
-        object.__setattr__(self, "c", c)
+        object.__setattr__(self, "c", consistent_nodes(rows, b, self.c))
 
     @property
     def stages(self) -> int:

@@ -92,18 +92,9 @@ class ButcherTableau:
                     " strictly lower triangular"
                 )
             rows.append(row[:i] + (0,) * (i - len(row)))
-        nodes = tuple(sum(row, start=Fraction(0)) for row in rows)
-        c = nodes if self.c is None else read_coefficients("c", self.c)
-        if len(c) != stages:
-            raise ValueError(f"c has {len(c)} nodes, expected {stages}")
-        for i, (node, row_sum) in enumerate(zip(c, nodes, strict=True)):
-            if not nearly_equal(node, row_sum):
-                raise ValueError(f"c[{i}] is {node}, expected {row_sum}, the sum of a[{i}] (consistency)")
-        if not nearly_equal(sum(b), 1):
-            raise ValueError(f"b sums to {sum(b)}, expected 1 (consistency)")
         object.__setattr__(self, "a", tuple(rows))
         object.__setattr__(self, "b", b)
-        object.__setattr__(self, "c", c)
+        object.__setattr__(self, "c", consistent_nodes(rows, b, self.c))
 
     @property
     def stages(self) -> int:
@@ -300,6 +291,22 @@ def read_coefficients(name: str, values: Sequence[Coefficient]) -> tuple[Coeffic
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}[{index}] is {value}, expected a finite number")
     return tuple(values)
+
+
+def consistent_nodes(
+    rows: Sequence[Sequence[Coefficient]], b: Sequence[Coefficient], c: Sequence[Coefficient] | None
+) -> tuple[Coefficient, ...]:
+    """The nodes of a method: ``c``, which must be the sums of the ``rows``, or these sums; ``b`` must sum to 1."""
+    sums = tuple(sum(row, start=Fraction(0)) for row in rows)
+    nodes = sums if c is None else read_coefficients("c", c)
+    if len(nodes) != len(rows):
+        raise ValueError(f"c has {len(nodes)} nodes, expected {len(rows)}")
+    for i, (node, row_sum) in enumerate(zip(nodes, sums, strict=True)):
+        if not nearly_equal(node, row_sum):
+            raise ValueError(f"c[{i}] is {node}, expected {row_sum}, the sum of a[{i}] (consistency)")
+    if not nearly_equal(sum(b), 1):
+        raise ValueError(f"b sums to {sum(b)}, expected 1 (consistency)")
+    return nodes
 
 
 def nearly_equal(left: Coefficient, right: Coefficient) -> bool:

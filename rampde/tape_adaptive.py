@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rampde.adaptive import Arithmetic, AttemptedSteps, Loop, Rows, Trial, new_norm, run_loop
+from rampde.adaptive import Loop, Rows, new_norm, run_loop
+from rampde.attempts import Arithmetic, AttemptedSteps, Trial
 from rampde.autocast import switched_off
 from rampde.control import Replay
 from rampde.error_norm import ErrorNorm
