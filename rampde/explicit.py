@@ -93,11 +93,8 @@ class SteppingRoads(_ExplicitRoads):
         return repeat_adaptive_taped(problem, y0, points)
 
 
-class SampleRoads(_ExplicitRoads):
+class SampleRoads(SteppingRoads):
     """With steps for each sample of the batch."""
-
-    def prepare(self, problem: Problem) -> Tensor:
-        return problem.first_time().detach()
 
     def out(self, problem: Problem, y0: list[Tensor], kept: Checkpoints | None) -> list[Tensor]:
         return integrate_per_sample(problem, y0, kept)

@@ -9,14 +9,13 @@ from fractions import Fraction as F
 from functools import cached_property
 
 from rampde.tableau import (
-    MAX_STAGES,
     Coefficient,
     Combination,
     combination,
     consistent_nodes,
     nearly_equal,
     order_of,
-    read_coefficients,
+    read_tableau,
 )
 
 
@@ -61,20 +60,7 @@ class ImplicitTableau:
     c: Sequence[Coefficient] | None = None
 
     def __post_init__(self) -> None:
-        b = read_coefficients("b", self.b)
-        stages = len(b)
-        if not 1 <= stages <= MAX_STAGES:
-            raise ValueError(f"b has {stages} weights, expected between 1 and {MAX_STAGES} stages")
-        if isinstance(self.a, str) or not isinstance(self.a, Sequence):
-            raise TypeError(f"a is {self.a!r}, expected {stages} rows of numbers")
-        if len(self.a) != stages:
-            raise ValueError(f"a has {len(self.a)} rows, expected one for each of the {stages} weights in b")
-        rows = []
-        for i, given in enumerate(self.a):
-            row = read_coefficients(f"a[{i}]", given)
-            if len(row) > stages:
-                raise ValueError(f"a[{i}] has {len(row)} entries, expected at most {stages}")
-            rows.append(row + (0,) * (stages - len(row)))
+        b, rows = read_tableau(self.a, self.b)
         if not any(any(row[i:]) for i, row in enumerate(rows)):
             raise ValueError("a is strictly lower triangular, which is an explicit method: use rampde.ButcherTableau")
         object.__setattr__(self, "a", tuple(rows))

@@ -73,25 +73,15 @@ class ButcherTableau:
     c: Sequence[Coefficient] | None = None
 
     def __post_init__(self) -> None:
-        b = read_coefficients("b", self.b)
-        stages = len(b)
-        if not 1 <= stages <= MAX_STAGES:
-            raise ValueError(f"b has {stages} weights, expected between 1 and {MAX_STAGES} stages")
-        if isinstance(self.a, str) or not isinstance(self.a, Sequence):
-            raise TypeError(f"a is {self.a!r}, expected {stages} rows of numbers")
-        if len(self.a) != stages:
-            raise ValueError(f"a has {len(self.a)} rows, expected one for each of the {stages} weights in b")
+        b, full = read_tableau(self.a, self.b)
         rows = []
-        for i, given in enumerate(self.a):
-            row = read_coefficients(f"a[{i}]", given)
-            if len(row) > stages:
-                raise ValueError(f"a[{i}] has {len(row)} entries, expected at most {stages}")
+        for i, row in enumerate(full):
             if any(row[i:]):
                 raise ValueError(
                     f"a[{i}] has non-zero entries from column {i} on: {list(row)}; expected an explicit method,"
                     " strictly lower triangular"
                 )
-            rows.append(row[:i] + (0,) * (i - len(row)))
+            rows.append(row[:i])
         object.__setattr__(self, "a", tuple(rows))
         object.__setattr__(self, "b", b)
         object.__setattr__(self, "c", consistent_nodes(rows, b, self.c))
@@ -291,6 +281,27 @@ def read_coefficients(name: str, values: Sequence[Coefficient]) -> tuple[Coeffic
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}[{index}] is {value}, expected a finite number")
     return tuple(values)
+
+
+def read_tableau(
+    a: Sequence[Sequence[Coefficient]], b: Sequence[Coefficient]
+) -> tuple[tuple[Coefficient, ...], list[tuple[Coefficient, ...]]]:
+    """The weights ``b`` and the full rows of ``a``, in which trailing zeros may be left out."""
+    weights = read_coefficients("b", b)
+    stages = len(weights)
+    if not 1 <= stages <= MAX_STAGES:
+        raise ValueError(f"b has {stages} weights, expected between 1 and {MAX_STAGES} stages")
+    if isinstance(a, str) or not isinstance(a, Sequence):
+        raise TypeError(f"a is {a!r}, expected {stages} rows of numbers")
+    if len(a) != stages:
+        raise ValueError(f"a has {len(a)} rows, expected one for each of the {stages} weights in b")
+    rows = []
+    for i, given in enumerate(a):
+        row = read_coefficients(f"a[{i}]", given)
+        if len(row) > stages:
+            raise ValueError(f"a[{i}] has {len(row)} entries, expected at most {stages}")
+        rows.append(row + (0,) * (stages - len(row)))
+    return weights, rows
 
 
 def consistent_nodes(
