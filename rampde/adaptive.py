@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rampde.attempts import STIFF, Arithmetic, AttemptedSteps, TensorArithmetic, Trial, stiffness_of
-from rampde.checkpoint import Checkpoints
+from rampde.checkpoint.fp8 import Quantised
+from rampde.checkpoint.keeper import Checkpoints, StepStart
 from rampde.control import AdaptiveSteps, Attempt, Control, EqualSteps, TooManySteps
 from rampde.error_norm import ErrorNorm, unit_of_rounding
 from rampde.events import EventSearch
@@ -92,6 +93,7 @@ class Loop:
         problem, control, arithmetic, observer = self.problem, self.control, self.arithmetic, self.problem.observer
         compensation: list[Tensor | None] = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
         random: tuple[RandomState, ...] = () if problem.random is None else (problem.random,)
+        quantised: list[Quantised] | None = None
         self.rows.put(0, y)
         if self._ended(y):
             return self.course
@@ -121,11 +123,12 @@ class Loop:
             self.rows.step(arithmetic, y, trial)
             ended = self._write_event(y, trial) if self.search is not None else self._write_outputs(y, trial)
             if self.checkpoints is not None:
-                self.checkpoints.store(first.x, trial.stages, (*random, *trial.random[:1]))
+                start = StepStart(y, first.x, compensation, (*random, *trial.random[:1]), quantised)
+                self.checkpoints.store(start, trial.stages)
             arithmetic.steps.attempts.append(attempt)
             if ended:
                 return self.course
-            y, compensation = trial.y_next, trial.compensation
+            y, compensation, quantised = trial.y_next, trial.compensation, trial.quantised
             first, random = self._next_first(trial)
 
     def _ended(self, y: list[Tensor]) -> bool:
@@ -215,12 +218,11 @@ def integrate_adaptive(problem: Problem, y0: Sequence[Tensor], checkpoints: Chec
     assert problem.first is not None
     y = [leaf.to(spec.state_dtype) for leaf, spec in zip(y0, problem.velocity.spec.leaves, strict=True)]
     norm = new_norm(problem, problem.first)
-    graphs = checkpoints is not None and checkpoints.needs_graph
     rows = Rows(y, 2 if problem.search is not None else len(problem.output_times), problem.output_dtypes)
-    if norm is not None and TensorArithmetic.serves(problem, norm):
-        arithmetic: Arithmetic = TensorArithmetic(problem, graphs, norm)
+    if norm is not None and TensorArithmetic.serves(problem, norm, checkpoints):
+        arithmetic: Arithmetic = TensorArithmetic(problem, norm, checkpoints)
     else:
-        arithmetic = Arithmetic(problem, graphs, norm)
+        arithmetic = Arithmetic(problem, norm, checkpoints)
     run_loop(problem, y, problem.first, arithmetic, rows, norm, checkpoints)
     return rows.leaves
 

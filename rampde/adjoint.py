@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rampde import scaling
 from rampde.captures import find_unknown_leaf
-from rampde.checkpoint import Checkpoints
+from rampde.checkpoint.keeper import Checkpoints
 from rampde.inside import OutputsInside
 from rampde.ops import accumulate_gradients, adjoint_stage, adjoint_update, update_scale
 from rampde.precision import accumulation_dtype
@@ -44,7 +44,7 @@ class Sweep:
     ) -> None:
         """``points``: (N + 1,) grid points, or (T,) output times where the steps were decided on the way;
         ``captures``: tensors f uses; ``cotangents``: the loss gradient with respect to the result of the forward
-        solve, leaf by leaf, None for zero."""
+        solve, leaf by leaf, None for zero; ``retain_graph``: whether graphs that were kept are needed once more."""
         self.problem = problem
         self.points = points
         self.checkpoints = checkpoints
@@ -208,22 +208,19 @@ class Sweep:
             assert self.problem.closed is not None
             swept = self.problem.closed.interpolated_cotangents
             bases = [inside.bases(lam, step, leaf) for leaf, lam in enumerate(adjoint)]
-        stages: list[Stage | None] = [*self.checkpoints.load(step, h, times[: swept[0].stage + 1])]
+        stages = self.checkpoints.load(step, h, times[: swept[0].stage + 1])
         if not self.retain_graph:
             self.checkpoints.release(step)
         # products in the order of the sweep, for each leaf
         vjps: list[list[Tensor | None]] = [[] for _ in adjoint]
         gradients: Gradients = []
         time_gradient = TimeGradient(self, h) if self.problem.time_needs_grad else None
-        if time_gradient is not None and inside is not None:
-            known = [stage for stage in stages if stage is not None]
-            self.output_time_gradients.update(inside.time_gradients(known, step))
+        if inside is not None:
+            inside.forget_time_gradients(self.output_time_gradients, step)
         # where f shows what it holds, a look at the last and at a middle step is enough to see that it does
         watched = step + 1 == self.steps or step == self.steps // 2
         for i, b, later in swept:
-            stage = stages[i]
-            assert stage is not None
-            stages[i] = None  # the graph of the stage goes as soon as its product is taken
+            stage = stages.take(i)
             cotangents = []
             for leaf, (lam, of_leaf, k) in enumerate(zip(adjoint, vjps, stage.k, strict=True)):
                 terms: Sequence[Tensor | None] = of_leaf
@@ -240,15 +237,21 @@ class Sweep:
             if time_gradient is not None:
                 inputs = [*inputs, stage.time]
                 time_gradient.add_velocity(stage.k, cotangents)
+                if inside is not None:
+                    inside.add_time_gradients(self.output_time_gradients, step, i, stage.k)
             # the first stage may be the last one of the step before, which takes a product of it too
             shared = i == 0 and self.inside is not None and step - 1 in self.inside
-            products = vector_jacobian_product(stage.k, (*inputs, *captures), cotangents, retain_graph or shared)
+            products = vector_jacobian_product(
+                stage.k, (*inputs, *captures), cotangents, retain_graph or (shared and self.checkpoints.keeps_graphs)
+            )
             for of_leaf, product in zip(vjps, products, strict=False):
                 of_leaf.append(product)
                 self.sparse = self.sparse or product is None
             if time_gradient is not None:
                 time_gradient.add_time(products[len(vjps)], self.problem.tableau.nodes[i])
             gradients.extend(products[len(inputs) :])
+            # the graph of the stage goes as soon as its product is taken, before that of the next one is made
+            del stage, inputs, cotangents, k, terms, products, product
         for leaf, lam in enumerate(adjoint):
             present = [vjp for vjp in vjps[leaf] if vjp is not None] if self.sparse else vjps[leaf]
             cotangent = self.cotangents[leaf].get(step)

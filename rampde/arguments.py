@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rampde import grid as grids
 from rampde.autocast import switched_off
-from rampde.checkpoint import POLICIES, tape_is_needed
+from rampde.checkpoint import Checkpoint
+from rampde.checkpoint.read import read_checkpoint
 from rampde.events import EventSearch
 from rampde.families import EMBEDDED, Family, family_of
 from rampde.methods import DEFAULT, get_method
@@ -24,6 +25,7 @@ from rampde.scaling import DynamicScaler, automatic_scaler
 from rampde.state import State, StateSpec
 from rampde.statistics import Progress, new_solve
 from rampde.tableau import ButcherTableau, ClosedTableau, EmbeddedTableau, close
+from rampde.tape import tape_is_needed
 from rampde.tolerance import read_tolerance
 from rampde.velocity import Velocity
 
@@ -54,7 +56,8 @@ def read_arguments(
     event_fn: Callable[[Tensor, Any], Tensor] | None,
     loss_scaler: object,
     velocity_dtype: torch.dtype | None,
-    checkpoint: str,
+    checkpoint: object,
+    memory_budget: object,
     compensated: bool,
     progress: bool,
 ) -> Request:
@@ -83,22 +86,20 @@ def read_arguments(
         torch.float64,
     ):
         raise _bad("velocity_dtype", velocity_dtype, "a torch floating point dtype of 16, 32 or 64 bits, or None")
-    if not isinstance(checkpoint, str):
-        raise TypeError(f"checkpoint is {checkpoint!r}, expected one of {named(POLICIES)}")
-    if checkpoint not in POLICIES:
-        raise ValueError(f'checkpoint is "{checkpoint}", expected one of {named(POLICIES)}')
+    policy = read_checkpoint(checkpoint, memory_budget)
     if tape_is_needed():
         if not family.has_tape:
             raise RuntimeError(
                 f'method "{name}" has no forward mode and no torch.func transforms, expected another one'
             )
-        checkpoint = "tape"
+        policy = Checkpoint("tape")
+    family.check_policy(policy, name)
     for flag, value in (("compensated", compensated), ("progress", progress)):
         if not isinstance(value, bool):
             raise TypeError(f"{flag} is {value!r}, expected True or False")
     scaler, poison = _scaler(loss_scaler)
     if isinstance(control, AdaptiveOptions) and control.batch_axis is not None:
-        _check_batch(spec, t, control, event_fn, checkpoint, compensated)
+        _check_batch(spec, t, control, event_fn, policy, compensated)
     if event_fn is not None and not adaptive:
         if fixed.step_size is None:
             raise ValueError(
@@ -121,7 +122,7 @@ def read_arguments(
         tolerance=tolerance,
         options=options,
         grid=_time_grid(func, y0, t, values, fixed, adaptive or event_fn is not None, spec.device),
-        checkpoint=checkpoint,
+        checkpoint=policy,
         compensated=compensated,
         perturb=fixed.perturb,
         scaler=scaler,
@@ -160,7 +161,7 @@ def _check_options(options: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_batch(
-    spec: StateSpec, t: Tensor, control: AdaptiveOptions, event_fn: object, checkpoint: str, compensated: bool
+    spec: StateSpec, t: Tensor, control: AdaptiveOptions, event_fn: object, policy: Checkpoint, compensated: bool
 ) -> None:
     """What a solve must be for each sample to have its own steps."""
     shapes = [list(leaf.shape) for leaf in spec.leaves]
@@ -179,7 +180,10 @@ def _check_batch(
             ("options['jump_t']", bool(control.jump_t)),
             ("event_fn", event_fn is not None),
             ("compensated", compensated),
-            ('checkpoint="none"', checkpoint == "none"),
+            (
+                f"checkpoint={policy.name!r}",
+                policy.stages not in ("step", "tape") or not policy.keeps_every_step or policy.quantiser is not None,
+            ),
         )
         if present
     ]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rampde.checkpoint.fp8 import Quantised
+from rampde.checkpoint.keeper import Checkpoints
 from rampde.control import Attempt
 from rampde.error_norm import ErrorNorm
 from rampde.grid import time_dtype
@@ -76,14 +78,17 @@ class Trial:
     ratio: float = 0.0
     noise: float = 0.0
     last: Stage | None = None
+    quantised: list[Quantised] | None = None  # x_next as the checkpoint policy has it
     random: tuple[RandomState, ...] = ()  # before the stages after the first, and before the last
 
 
 class Arithmetic:
     """What a step is made of, without autograd."""
 
-    def __init__(self, problem: Problem, graphs: bool, norm: ErrorNorm | None) -> None:
-        self.problem, self.graphs, self.norm = problem, graphs, norm
+    def __init__(self, problem: Problem, norm: ErrorNorm | None, checkpoints: Checkpoints | None = None) -> None:
+        """``checkpoints``, where gradients are wanted, says what of a step it needs."""
+        self.problem, self.norm, self.checkpoints = problem, norm, checkpoints
+        self.quantiser = None if checkpoints is None else checkpoints.quantiser
         self.velocity: Velocity = problem.velocity
         self.tableau: ClosedTableau = problem.tableau  # type: ignore[assignment]  # closed: such solves are
         self.state_dtypes = [leaf.state_dtype for leaf in self.velocity.spec.leaves]
@@ -93,10 +98,20 @@ class Arithmetic:
         ]
         self.steps = AttemptedSteps(self.tableau.nodes, self.velocity.spec.time_dtype, self.velocity.spec.device)
 
+    @property
+    def with_graph(self) -> bool:
+        """Whether stages are evaluated with their graphs."""
+        return self.checkpoints is not None and self.checkpoints.needs_graph
+
+    def record(self, first: Stage) -> list[Stage] | None:
+        """A list for the stages of a step, where they are wanted, with the first one in it."""
+        return [first] if self.checkpoints is not None and self.checkpoints.needs_stages else None
+
     def evaluate(self, time: Tensor, x: list[Tensor]) -> Stage:
         """A stage, with its graph where graphs are kept."""
-        if not self.graphs:
-            return Stage(time, x, self.velocity.evaluate(time, x))
+        if not self.with_graph:
+            random = self.random() if self.checkpoints is not None and self.checkpoints.needs_stages else ()
+            return Stage(time, x, self.velocity.evaluate(time, x), *random)
         if self.problem.time_needs_grad:
             time = time.detach().requires_grad_()
         return Stage(time, x, self.velocity.evaluate_with_graph(time, x))
@@ -117,7 +132,7 @@ class Arithmetic:
         tableau = self.tableau
         h, times = self.steps.tensors(attempt)
         k = [[value] for value in first.k]
-        stages = [first] if self.graphs else None
+        stages = self.record(first)
         random = self.random()
         for i, inputs in tableau.stages_before_end:
             stage = self.evaluate(times[i], self.stage_input(y, k, h, inputs))
@@ -129,6 +144,10 @@ class Arithmetic:
     def update(self, y: list[Tensor], trial: Trial) -> None:
         """The state at the end of the step, and its error."""
         tableau, norm = self.tableau, self.norm
+        if self.quantiser is not None:
+            trial.quantised = [
+                self.quantiser.empty_like(leaf, dtype) for leaf, dtype in zip(y, self.velocity.dtypes, strict=True)
+            ]
         if trial.compensation[0] is not None:
             # a step that is rejected must leave no trace
             trial.compensation = [c.clone() if c is not None else None for c in trial.compensation]
@@ -145,7 +164,9 @@ class Arithmetic:
             y_next = [
                 torch.empty_like(state) if separate else None for state, separate in zip(y, self.separate, strict=True)
             ]
-            trial.ratio, trial.noise = norm.fused_update(y, trial.k, trial.h, y_next, None, trial.compensation)
+            trial.ratio, trial.noise = norm.fused_update(
+                y, trial.k, trial.h, y_next, None, trial.compensation, self._quantised(trial)
+            )
             trial.y_next = [x.detach() if new is None else new for new, x in zip(y_next, trial.x_next, strict=True)]
             return
         trial.y_next = [torch.empty_like(state) for state in y]
@@ -153,7 +174,9 @@ class Arithmetic:
             torch.empty_like(state, dtype=dtype) if dtype != state.dtype else None
             for state, dtype in zip(y, self.velocity.dtypes, strict=True)
         ]
-        trial.ratio, trial.noise = norm.fused_update(y, trial.k, trial.h, trial.y_next, rounded, trial.compensation)
+        trial.ratio, trial.noise = norm.fused_update(
+            y, trial.k, trial.h, trial.y_next, rounded, trial.compensation, self._quantised(trial)
+        )
         trial.x_next = [
             # an alias: becoming a leaf of a graph must not show on the state
             state.detach() if x is None else x
@@ -163,13 +186,22 @@ class Arithmetic:
     def _plain_update(self, y: list[Tensor], trial: Trial) -> tuple[list[Tensor], list[Tensor]]:
         update = self.tableau.update
         y_next, x_next = [], []
-        for state, of_leaf, dtype, c in zip(y, trial.k, self.velocity.dtypes, trial.compensation, strict=True):
+        quantised = self._quantised(trial)
+        for leaf, (state, dtype, c) in enumerate(zip(y, self.velocity.dtypes, trial.compensation, strict=True)):
             new = torch.empty_like(state)
             rounded = torch.empty_like(state, dtype=dtype) if dtype != state.dtype else None
-            rk_update(state, update.pick(of_leaf), trial.h, update.weights, new, rounded, c)
+            k = update.pick(trial.k[leaf])
+            rk_update(state, k, trial.h, update.weights, new, rounded, c, None, 0, *quantised[leaf])
             y_next.append(new)
             x_next.append(new.detach() if rounded is None else rounded)
         return y_next, x_next
+
+    def _quantised(self, trial: Trial) -> list[tuple[Any, ...]]:
+        """Further arguments, leaf by leaf, of the operators that write the state at the end of a step."""
+        if self.quantiser is None or trial.quantised is None:
+            return [()] * len(trial.k)
+        step = len(self.steps) + 1
+        return [self.quantiser.arguments(target, step, leaf) for leaf, target in enumerate(trial.quantised)]
 
     def finish(self, trial: Trial) -> None:
         """The velocity at the end of the step, where it is not known yet."""
@@ -195,9 +227,8 @@ class Arithmetic:
 class TensorArithmetic(Arithmetic):
     """A state of one real tensor, the usual case, with as little Python as can be between two evaluations of f."""
 
-    def __init__(self, problem: Problem, graphs: bool, norm: ErrorNorm) -> None:
-        super().__init__(problem, graphs, norm)
-        self.call: Callable[[Tensor, Tensor], Any] = self.velocity.call_with_graph if graphs else self.velocity.func
+    def __init__(self, problem: Problem, norm: ErrorNorm, checkpoints: Checkpoints | None) -> None:
+        super().__init__(problem, norm, checkpoints)
         self.dtype, self.state_dtype = self.velocity.dtypes[0], self.state_dtypes[0]
         self.later_stages = self.tableau.stages_before_end
         self.error_needs_last = self.tableau.attempted == self.tableau.stages
@@ -205,16 +236,19 @@ class TensorArithmetic(Arithmetic):
         self.end_weights = self.tableau.stage_inputs[-1]
 
     @staticmethod
-    def serves(problem: Problem, norm: ErrorNorm | None) -> bool:
+    def serves(problem: Problem, norm: ErrorNorm | None, checkpoints: Checkpoints | None) -> bool:
         """Whether the problem is of the usual kind."""
         plain = problem.velocity.is_plain and not problem.compensated
+        plain = plain and (checkpoints is None or checkpoints.quantiser is None)
         return plain and problem.random is None and not problem.time_needs_grad and norm is not None and norm.fused
 
     def attempt(self, y: list[Tensor], first: Stage, compensation: list[Tensor | None], attempt: Attempt) -> Trial:
-        call, dtype, state = self.call, self.dtype, y[0]
+        call: Callable[[Tensor, Tensor], Any]
+        call = self.velocity.call_with_graph if self.with_graph else self.velocity.func
+        dtype, state = self.dtype, y[0]
         h, times = self.steps.tensors(attempt)
         k: list[Any] = [first.k[0]]
-        stages = [first] if self.graphs else None
+        stages = self.record(first)
         for i, inputs in self.later_stages:
             x = rk_stage(state, k if inputs.dense else inputs.pick(k), h, inputs.weights, dtype)
             value = call(times[i], x)

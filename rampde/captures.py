@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,16 @@ class Captures:
         observed: how many of them the first evaluation used.
         opaque: whether f was seen to use a tensor that none of the objects it holds shows.
         problem: why the gradients cannot be taken by a sweep; empty where they can.
+        constants: tensors that f can reach and that require no gradient.
+        buffers: those of ``constants`` that are buffers of modules in training, which f may change.
     """
 
     tensors: list[Tensor] = field(default_factory=list)
     observed: int = 0
     opaque: bool = False
     problem: str = ""
+    constants: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
 
 
 class _Recorder(TorchFunctionMode):
@@ -102,7 +106,7 @@ def record(
                 k = evaluate(time, x)
     arguments = {id(tensor) for tensor in (time, *x)}
     used, untraced = _walk(k, start, recorder, arguments)
-    reachable = reachable_tensors(func)
+    reachable, constants, buffers = reachable_tensors(func)
     known = {id(tensor) for tensor in used}
     unused = [tensor for tensor in reachable if id(tensor) not in known | arguments]
     shown = {id(tensor) for tensor in reachable}
@@ -110,7 +114,7 @@ def record(
     unused, problem = _untangle(used, unused)
     if untraced:
         problem = f"uses the result of {untraced[0]}, computed outside of it, which could not be traced to a tensor"
-    return k, Captures(used + unused, len(used), opaque, problem)
+    return k, Captures(used + unused, len(used), opaque, problem, constants, buffers)
 
 
 def _untangle(used: list[Tensor], unused: list[Tensor]) -> tuple[list[Tensor], str]:
@@ -284,9 +288,19 @@ def _is_cached_cast(node: Any) -> bool:
     return node.name() == "ToCopyBackward0" and len(following) == 1 and _is_leaf(following[0][0])
 
 
-def reachable_tensors(func: object) -> list[Tensor]:
-    """Tensors that require a gradient and that ``func`` can reach without being called."""
+class Reachable(NamedTuple):
+    """Tensors that an object holds: those that require a gradient, the others, and buffers of modules in training."""
+
+    requiring: list[Tensor]
+    constants: list[Tensor]
+    buffers: list[Tensor]
+
+
+def reachable_tensors(func: object) -> Reachable:
+    """Tensors that ``func`` can reach without being called."""
     found: dict[int, Tensor] = {}
+    constants: dict[int, Tensor] = {}
+    buffers: dict[int, Tensor] = {}
     visited: set[int] = set()
     pending: list[tuple[object, int]] = [(func, 0)]
     while pending:
@@ -295,11 +309,18 @@ def reachable_tensors(func: object) -> list[Tensor]:
             continue
         visited.add(id(value))
         if isinstance(value, Tensor):
-            if value.requires_grad:
-                found[id(value)] = value
+            (found if value.requires_grad else constants)[id(value)] = value
         elif depth < MAX_DEPTH:
+            if isinstance(value, nn.Module):
+                buffers.update((id(buffer), buffer) for buffer in _buffers_in_training(value))
             pending.extend((item, depth + 1) for item in _contents(value) if not isinstance(item, _INERT))
-    return list(reversed(found.values()))
+    return Reachable(list(reversed(found.values())), list(constants.values()), list(buffers.values()))
+
+
+def _buffers_in_training(module: nn.Module) -> Iterator[Tensor]:
+    for part in module.modules():
+        if part.training:
+            yield from (buffer for buffer in part._buffers.values() if buffer is not None)
 
 
 def _contents(value: object) -> Iterable[object]:

@@ -122,6 +122,7 @@ def odeint_dense(
         loss_scaler=loss_scaler,
         velocity_dtype=velocity_dtype,
         checkpoint="tape",
+        memory_budget=None,
         compensated=compensated,
         progress=False,
     )
@@ -144,7 +145,7 @@ def _by_steps(request: Request, tableau: ClosedTableau) -> DenseSolution:
     time = problem.grid.points[0].to(spec.time_dtype)
     first = Stage(time, x, problem.velocity.evaluate_first(time, x))
     norm = new_norm(problem, first)
-    arithmetic = TapedArithmetic(problem, problem.grid.points, norm) if graphs else Arithmetic(problem, False, norm)
+    arithmetic = TapedArithmetic(problem, problem.grid.points, norm) if graphs else Arithmetic(problem, norm)
     recorder = _Recorder(tableau, problem.output_dtypes)
     if problem.control is not None:
         run_loop(problem, y, first, arithmetic, recorder, norm)

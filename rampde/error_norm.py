@@ -68,9 +68,8 @@ class ErrorNorm:
         self.roundoffs = [unit for _ in spec.leaves]
         # of the last step: error and rounding's share in it, squared, by leaf
         self._parts: list[tuple[float, float]] = []
-        tolerance = problem.tolerance
         self.sizes = [max(leaf.shape.numel(), 1) for leaf in spec.leaves]
-        self.fused = norm is None and tolerance.uniform and not any(leaf.dtype.is_complex for leaf in spec.leaves)
+        self.fused = problem.norm_is_fused
         tableau: ClosedTableau = problem.tableau  # type: ignore[assignment]  # closed: adaptive ones are
         self.b, self.e = tableau.error_weights
         self.attempted = tableau.attempted
@@ -102,10 +101,12 @@ class ErrorNorm:
         y_next: Sequence[Tensor | None],
         rounded: Sequence[Tensor | None] | None,
         compensation: Sequence[Tensor | None],
+        quantised: Sequence[tuple[Any, ...]],
     ) -> tuple[float, float]:
         """Writes the state at the end of the step; its error and the rounding's share of it.
 
-        ``y_next`` and ``rounded``, where given, receive the state and the rounded state.
+        ``y_next`` and ``rounded``, where given, receive the state and the rounded state; ``quantised``: further
+        arguments of the operator, leaf by leaf.
         """
         tolerance = self.problem.tolerance
         sums = [
@@ -122,6 +123,7 @@ class ErrorNorm:
                 y_next[leaf],
                 None if rounded is None else rounded[leaf],
                 compensation[leaf],
+                *quantised[leaf],
             )
             for leaf, (state, of_leaf) in enumerate(zip(y, k, strict=True))
         ]

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from rampde.adaptive import integrate_adaptive
 from rampde.adjoint import Sweep
-from rampde.checkpoint import Checkpoints, new_checkpoints
+from rampde.checkpoint import Checkpoint
+from rampde.checkpoint.auto import choose
+from rampde.checkpoint.costs import Sizes
+from rampde.checkpoint.keeper import Checkpoints
+from rampde.checkpoint.keepers import new_checkpoints
+from rampde.checkpoint.policy import NoneWhileItFits
 from rampde.forward import integrate
 from rampde.grid import StepTimes, stage_times
 from rampde.per_sample import integrate_per_sample
@@ -42,7 +47,7 @@ class _ExplicitRoads(Roads[Checkpoints]):
         return Sweep(problem, points, kept, captures, cotangents, retain_graph)
 
     def check_random(self, problem: Problem, wanted: bool, later: bool) -> None:
-        if wanted and later and problem.checkpoint == "step":
+        if wanted and later and problem.checkpoint.stages not in ("none", "tape"):
             raise RuntimeError(
                 "func drew random numbers, though none in its first evaluation, so they cannot be replayed in the"
                 ' backward pass; use checkpoint="none"'
@@ -62,6 +67,9 @@ class GridRoads(_ExplicitRoads):
         assert isinstance(problem.step_times, StepTimes)
         return integrate(problem, y0, problem.step_times, kept)
 
+    def choose(self, problem: Problem, sizes: Sizes, budget: int) -> Checkpoint:
+        return choose(sizes, budget, sizes.policies(budget))
+
     def taped(self, problem: Problem, y0: list[Tensor], points: Tensor) -> list[Tensor]:
         nodes = problem.tableau.nodes[:1]
         time = stage_times(points[:2], nodes, problem.velocity.spec.time_dtype, problem.perturb)[1][0, 0]
@@ -80,6 +88,11 @@ class SteppingRoads(_ExplicitRoads):
     def out(self, problem: Problem, y0: list[Tensor], kept: Checkpoints | None) -> list[Tensor]:
         return integrate_adaptive(problem, y0, kept)
 
+    def choose(self, problem: Problem, sizes: Sizes, budget: int) -> Checkpoint:
+        if sizes.graph * sizes.stages > budget:
+            return Checkpoint("step")
+        return NoneWhileItFits(budget, sizes.graph)
+
     def taped(self, problem: Problem, y0: list[Tensor], points: Tensor) -> list[Tensor]:
         problem.first = _first_taped(problem, problem.first_time(), y0)
         return integrate_adaptive_taped(problem, y0)
@@ -95,6 +108,9 @@ class SteppingRoads(_ExplicitRoads):
 
 class SampleRoads(SteppingRoads):
     """With steps for each sample of the batch."""
+
+    def choose(self, problem: Problem, sizes: Sizes, budget: int) -> Checkpoint:
+        return Checkpoint("step")
 
     def out(self, problem: Problem, y0: list[Tensor], kept: Checkpoints | None) -> list[Tensor]:
         return integrate_per_sample(problem, y0, kept)
@@ -118,7 +134,7 @@ class SampleRoads(SteppingRoads):
         raise RuntimeError("second derivatives of a solve with options['batch_axis'] need checkpoint=\"tape\"")
 
     def check_random(self, problem: Problem, wanted: bool, later: bool) -> None:
-        if wanted and (later or problem.random is not None) and problem.checkpoint != "tape":
+        if wanted and (later or problem.random is not None) and not problem.checkpoint.is_tape:
             raise RuntimeError(
                 "func draws random numbers, which cannot be replayed with options['batch_axis']; use"
                 ' checkpoint="tape"'

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rampde.checkpoint import Checkpoints
+from rampde.checkpoint.fp8 import Quantised
+from rampde.checkpoint.keeper import Checkpoints, StepStart
 from rampde.control import Attempt
 from rampde.grid import StepTimes, unbound
 from rampde.ops import rk_update
@@ -41,7 +42,11 @@ def integrate(
     y = [leaf.to(dtype) for leaf, dtype in zip(y0, state_dtypes, strict=True)]
     outputs = Outputs(problem, y)
     special = (
-        problem.compensated or problem.random is not None or problem.time_needs_grad or problem.observer is not None
+        problem.compensated
+        or problem.random is not None
+        or problem.time_needs_grad
+        or problem.observer is not None
+        or (checkpoints is not None and checkpoints.quantiser is not None)
     )
     if velocity.is_plain and not special:
         _integrate_tensor(problem, y[0], step_times, checkpoints, outputs, any_rounded, overflow_step)
@@ -69,8 +74,11 @@ def _integrate_leaves(
     x = problem.first.x
     observer, grid_times = problem.observer, problem.grid.times
     compensation = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
-    graphs: list[Stage] | None = None
+    record: list[Stage] | None = None
+    with_graph = False
     random = problem.random
+    quantiser = None if checkpoints is None else checkpoints.quantiser
+    quantised: list[Quantised] | None = None
     for step, (h, times) in enumerate(step_times):
         if observer is not None:
             attempt = Attempt(grid_times[step], grid_times[step + 1], grid_times[step + 1] - grid_times[step])
@@ -78,24 +86,31 @@ def _integrate_leaves(
         if checkpoints is not None:
             if random is not None and step > 0:
                 random = RandomState.current(velocity.spec.device)
-            if checkpoints.needs_graph:
-                graphs = []
-                if problem.time_needs_grad:
-                    times = [time.detach().requires_grad_() for time in times]
-        velocities = evaluate_stages(problem, y, x, h, times, first, graphs)
+            record = [] if checkpoints.needs_stages else None
+            with_graph = checkpoints.needs_graph
+            if with_graph and problem.time_needs_grad:
+                times = [time.detach().requires_grad_() for time in times]
+        velocities = evaluate_stages(problem, y, x, h, times, first, record, with_graph)
         first = None
         if checkpoints is not None:
-            checkpoints.store(x, graphs, () if random is None else (random,))
+            before = () if random is None else (random,)
+            checkpoints.store(StepStart(y, x, compensation, before, quantised), record)
 
         y_next = outputs.next_state(step + 1, y)
         x = [
             torch.empty_like(state, dtype=dtype) if separate else state
             for state, dtype, separate in zip(y_next, velocity.dtypes, rounded, strict=True)
         ]
+        if quantiser is not None:
+            quantised = [quantiser.empty_like(leaf) for leaf in x]
         for leaf, state in enumerate(y):
             k = velocities[leaf] if update.dense else update.pick(velocities[leaf])
             checkpoint = x[leaf] if rounded[leaf] else None
-            rk_update(state, k, h, weights, y_next[leaf], checkpoint, compensation[leaf], overflow_step, step)
+            outputs_of_leaf = (y_next[leaf], checkpoint, compensation[leaf], overflow_step, step)
+            if quantiser is None or quantised is None:
+                rk_update(state, k, h, weights, *outputs_of_leaf)
+            else:
+                rk_update(state, k, h, weights, *outputs_of_leaf, *quantiser.arguments(quantised[leaf], step + 1, leaf))
         if observer is not None:
             observer.accepted(attempt, y, 0.0)
         y = y_next
@@ -117,14 +132,15 @@ def _integrate_tensor(
     weights = update.weights
     first: Stage | None = problem.first
     x = problem.first.x[0]
-    graphs: list[Stage] | None = None
+    record: list[Stage] | None = None
+    with_graph = False
     for step, (h, times) in enumerate(step_times):
-        if checkpoints is not None and checkpoints.needs_graph:
-            graphs = []
-        k = evaluate_tensor_stages(problem, y, x, h, times, first, graphs)
+        if checkpoints is not None and checkpoints.needs_stages:
+            record, with_graph = [], checkpoints.needs_graph
+        k = evaluate_tensor_stages(problem, y, x, h, times, first, record, with_graph)
         first = None
         if checkpoints is not None:
-            checkpoints.store([x], graphs, ())
+            checkpoints.store(StepStart([y], [x], (None,)), record)
         if not update.dense:
             k = update.pick(k)
         (y_next,) = outputs.next_state(step + 1, (y,))

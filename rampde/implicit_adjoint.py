@@ -11,6 +11,9 @@ from torch import Tensor
 
 from rampde.adjoint import Gradients, Sweep, TimeGradient
 from rampde.autocast import switched_off
+from rampde.checkpoint.keeper import Checkpoints, StepStart
+from rampde.checkpoint.recomputed import StageList
+from rampde.checkpoint.stored import StoredSteps
 from rampde.implicit_tableau import Block
 from rampde.linear import DenseSystem, Derivative, KrylovSystem, scaled_product
 from rampde.newton import MAX_PRODUCTS, StageSolver
@@ -21,51 +24,37 @@ from rampde.randomness import RandomState
 PRODUCTS = 3 * MAX_PRODUCTS  # of GMRES for one system: nothing corrects its solution later
 
 
-class StageStates:
+class StageStates(StoredSteps, Checkpoints):
     """The checkpoint of implicit methods: the rounded inputs of all stages of each step, where f is evaluated again."""
 
-    needs_graph = False
-
     def __init__(self, problem: Problem, stages: int) -> None:
+        super().__init__(problem.checkpoint)
         self.problem = problem
         self.stages = stages
-        self.inputs: list[Tensor] = []  # leaf by leaf, stage by stage, step by step
         self.random: list[dict[int, RandomState]] = []
         self.dense = False  # whether the road out ended with Jacobians as matrices
 
     def keep(self, x: Sequence[Tensor], random: dict[int, RandomState]) -> None:
         """Keeps the leaves ``x`` of all stage inputs of a step."""
-        self.inputs.extend(x)
+        self.append(x)
         self.random.append(random)
 
-    def store(self, x: list[Tensor], graphs: list[Stage] | None, random: tuple[RandomState, ...]) -> None:
+    def store(self, start: StepStart, stages: list[Stage] | None) -> None:
         raise NotImplementedError("the stages of an implicit method are kept by keep")
 
-    def tensors(self) -> list[Tensor]:
-        """What is to be saved for the backward pass by autograd, which may offload or check it."""
-        tensors, self.inputs = self.inputs, []
-        return tensors
-
-    def restore(self, tensors: Sequence[Tensor]) -> None:
-        """Takes back what ``tensors`` gave."""
-        self.inputs = list(tensors)
-
-    def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> list[Stage]:
+    def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> StageList:
         """The stages of a step with their graphs, at every call anew."""
         velocity, leaves = self.problem.velocity, len(self.problem.leaves)
+        inputs = self.loaded(step)
         stages = []
         for i in range(self.stages):
-            at = (step * self.stages + i) * leaves
             # an alias: becoming a leaf of the graph must not show on the checkpoint
-            x = [leaf.detach() for leaf in self.inputs[at : at + leaves]]
+            x = [leaf.detach() for leaf in inputs[i * leaves : (i + 1) * leaves]]
             time = times[i].detach().requires_grad_() if self.problem.time_needs_grad else times[i]
             if i in self.random[step]:
                 self.random[step][i].restore()
             stages.append(Stage(time, x, velocity.evaluate_with_graph(time, x)))
-        return stages
-
-    def release(self, step: int) -> None:
-        """Nothing: autograd holds the inputs until the backward pass is over."""
+        return StageList(stages)
 
 
 class ImplicitSweep(Sweep):
@@ -132,7 +121,8 @@ class ImplicitSweep(Sweep):
         h, times = self.step_times[step]
         tableau, layout = self.solver.tableau, self.layout
         with self.problem.velocity.autocast.entered():
-            stages = self.checkpoints.load(step, h, times)
+            loaded = self.checkpoints.load(step, h, times)
+        stages = [loaded.take(i) for i in range(tableau.stages)]
         lam = layout.pack(adjoint)
         v: list[Tensor] = [lam] * tableau.stages
         gradients: Gradients = []

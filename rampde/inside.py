@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rampde.grid import Output
 from rampde.ops import rk_stage
-from rampde.problem import Stage
 from rampde.tableau import ClosedTableau
 
 # terms that the fused sum takes
@@ -59,23 +58,23 @@ class OutputsInside:
             bases.append(base if rows is None else _weighted(base, rows, [of_output[stage] for of_output in weights]))
         return bases
 
-    def time_gradients(self, stages: Sequence[Stage], step: int) -> dict[int, Tensor]:
-        """For each output of ``step`` the gradient of the loss with respect to its time."""
-        gradients = {}
+    def forget_time_gradients(self, totals: dict[int, Tensor], step: int) -> None:
+        """Removes from ``totals`` what a sweep of ``step`` that did not count has added."""
+        for index in self._of_step[step]:
+            totals.pop(index, None)
+
+    def add_time_gradients(self, totals: dict[int, Tensor], step: int, stage: int, k: Sequence[Tensor]) -> None:
+        """Adds to ``totals``, for each output of ``step``, what a stage with the velocity ``k`` adds to the gradient of
+        the loss with respect to its time."""
         for position, index in enumerate(self._of_step[step]):
-            slopes = self._tableau.slopes_at(self._outputs[index].theta)
-            total: Tensor | None = None
-            for leaf in range(len(self._cotangents)):
+            slope = self._tableau.slopes_at(self._outputs[index].theta)[stage]
+            if slope == 0.0:
+                continue
+            for leaf, value in enumerate(k):
                 rows = self.stacked(step, leaf)
-                if rows is None:
-                    continue
-                for slope, stage in zip(slopes, stages, strict=False):
-                    if slope != 0.0:
-                        part = slope * (rows[position].double() * stage.k[leaf].detach().double()).sum()
-                        total = part if total is None else total + part
-            if total is not None:
-                gradients[index] = total
-        return gradients
+                if rows is not None:
+                    part = slope * (rows[position].double() * value.detach().double()).sum()
+                    totals[index] = totals[index] + part if index in totals else part
 
 
 def _weighted(base: Tensor, rows: Tensor, weights: Sequence[float]) -> Tensor:

@@ -72,7 +72,7 @@ def _hermite(theta: Tensor, h: Tensor, y0: Tensor, y1: Tensor, k0: Tensor, k1: T
 
 def _velocity(problem: Problem, time: Tensor, y: list[Tensor]) -> list[Tensor]:
     """f at a grid point, in the state's dtype."""
-    if problem.checkpoint == "tape" or not torch.is_grad_enabled():
+    if problem.checkpoint.is_tape or not torch.is_grad_enabled():
         x = [leaf.to(dtype) for leaf, dtype in zip(y, problem.velocity.dtypes, strict=True)]
         return problem.velocity.evaluate(time, x)
     return list(_Evaluation.apply(problem, time, len(y), *y, *problem.captures))  # type: ignore[no-untyped-call]

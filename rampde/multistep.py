@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from rampde.adams import LEAST_HISTORY, LOWEST_ORDER, AdamsMethod, Formula, read_options
+from rampde.checkpoint import Checkpoint
+from rampde.checkpoint.auto import choose
+from rampde.checkpoint.costs import Sizes
 from rampde.control import Attempt
 from rampde.explicit import solve_explicit
 from rampde.forward import Outputs, warn_of_overflow
@@ -53,7 +56,7 @@ class MultistepRoads(Roads[Points]):
         return problem.step_times[0][1][0]
 
     def keep(self, problem: Problem) -> Points:
-        return Points(needs_graph=problem.checkpoint == "none", leaves=len(problem.leaves))
+        return Points(problem.checkpoint)
 
     def out(self, problem: Problem, y0: list[Tensor], kept: Points | None) -> list[Tensor]:
         return integrate_multistep(problem, y0, kept)
@@ -69,17 +72,20 @@ class MultistepRoads(Roads[Points]):
     ) -> MultistepSweep:
         return MultistepSweep(problem, points, PointStages(problem, kept), captures, cotangents, retain_graph)
 
+    def choose(self, problem: Problem, sizes: Sizes, budget: int) -> Checkpoint:
+        return choose(sizes, budget, map(Checkpoint, ("none", "step")))
+
     def taped(self, problem: Problem, y0: list[Tensor], points: Tensor) -> list[Tensor]:
         return integrate_multistep_taped(problem, y0, points)
 
     def check_random(self, problem: Problem, wanted: bool, later: bool) -> None:
         drew = wanted and (later or problem.random is not None)
-        if drew and cast(AdamsMethod, problem.method).implicit and problem.checkpoint != "tape":
+        if drew and cast(AdamsMethod, problem.method).implicit and not problem.checkpoint.is_tape:
             raise RuntimeError(
                 "func draws random numbers: the iterations of an implicit method then converge to no solution whose"
                 " gradient could be taken; use an explicit method, or torch.no_grad()"
             )
-        if drew and later and problem.checkpoint == "step":
+        if drew and later and problem.checkpoint.stages not in ("none", "tape"):
             raise RuntimeError(
                 "func drew random numbers, though none in its first evaluation, so they cannot be replayed in the"
                 ' backward pass; use checkpoint="none"'
@@ -192,7 +198,8 @@ class _Integration:
         elif single:
             velocities = [[value] for value in evaluate_single(problem, self.x, times[0], graphs)]
         else:
-            velocities = evaluate_stages(self.one_step, self.y, self.x, h, times, first, graphs)
+            with_graph = graphs is not None
+            velocities = evaluate_stages(self.one_step, self.y, self.x, h, times, first, graphs, with_graph)
         if kept is not None:
             kept.store(self.x, graphs, random)
         return velocities

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from rampde.adams import AdamsMethod, Formulas, Weights, read_options
+from rampde.checkpoint import Checkpoint
+from rampde.checkpoint.stored import StoredSteps
 from rampde.methods import FIXED
 from rampde.ops import rk_stage, rk_update
 from rampde.problem import Problem, Stage
@@ -95,29 +97,25 @@ class Iteration:
         )
 
 
-@dataclass
-class Points:
+class Points(StoredSteps):
     """What is kept of each grid point: the rounded state, or the stages evaluated from there, with their graphs."""
 
-    needs_graph: bool
-    leaves: int
-    states: list[list[Tensor]] = field(default_factory=list)
-    stages: list[list[Stage]] = field(default_factory=list)
-    random: list[RandomState | None] = field(default_factory=list)
+    def __init__(self, policy: Checkpoint) -> None:
+        super().__init__(policy)
+        self.keeps_graphs = self.needs_graph = policy.stages == "none"
+        self.stages: list[list[Stage]] = []
+        self.random: list[RandomState | None] = []
 
     def store(self, x: list[Tensor], graphs: list[Stage] | None, random: RandomState | None) -> None:
         if graphs is not None:
             self.stages.append(graphs)
         else:
-            self.states.append(x)
+            self.append(x)
             self.random.append(random)
 
-    def tensors(self) -> list[Tensor]:
-        states, self.states = self.states, []
-        return [leaf for state in states for leaf in state]
-
-    def restore(self, tensors: Sequence[Tensor]) -> None:
-        self.states = [list(tensors[i : i + self.leaves]) for i in range(0, len(tensors), self.leaves)]
+    def clear(self) -> None:
+        super().clear()
+        self.stages.clear()
 
 
 def evaluate_single(problem: Problem, x: list[Tensor], time: Tensor, graphs: list[Stage] | None) -> list[Tensor]:
@@ -143,7 +141,7 @@ class PointStages:
         random = self.points.random[point]
         if random is not None:
             random.restore()
-        y = self.points.states[point]
+        y = self.points.loaded(point)
         # an alias: becoming a leaf of the graph must not show on the checkpoint
         x = [leaf.detach() for leaf in y]
         if self.problem.time_needs_grad:
@@ -152,7 +150,7 @@ class PointStages:
         if single:
             evaluate_single(self.problem, x, times[0], stages)
         else:
-            evaluate_stages(self.one_step, y, x, h, times, graphs=stages)
+            evaluate_stages(self.one_step, y, x, h, times, None, stages, with_graph=True)
         return stages
 
     def release(self, point: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rampde.arguments import read_arguments
+from rampde.checkpoint import Checkpoint
 from rampde.event_on_grid import solve_until_event
 from rampde.interpolation import interpolate
 from rampde.scaling import DynamicScaler
@@ -27,7 +28,8 @@ def odeint(
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
     loss_scaler: DynamicScaler | bool | object | None = None,
     velocity_dtype: torch.dtype | None = None,
-    checkpoint: str = "step",
+    checkpoint: Checkpoint | str | int = "auto",
+    memory_budget: int | None = None,
     compensated: bool = False,
     progress: bool = False,
 ) -> Any:
@@ -105,6 +107,7 @@ def odeint(
         loss_scaler=loss_scaler,
         velocity_dtype=velocity_dtype,
         checkpoint=checkpoint,
+        memory_budget=memory_budget,
         compensated=compensated,
         progress=progress,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rampde.batch_control import BatchControl
-from rampde.checkpoint import Checkpoints
+from rampde.checkpoint.keeper import Checkpoints, StepStart
 from rampde.error_norm import ErrorNorm, unit_of_rounding
 from rampde.grid import time_dtype
 from rampde.ops import rk_error, rk_stage
@@ -141,7 +141,7 @@ class _Batch:
         assert problem.first is not None
         self.problem, self.checkpoints, self.options = problem, checkpoints, problem.control
         self.order = problem.method.control_order
-        self.taped = problem.checkpoint == "tape"
+        self.taped = problem.checkpoint.is_tape
         self.stages = BatchStages(problem, self.taped)
         spec = problem.velocity.spec
         self.y = [leaf.contiguous().to(of_leaf.state_dtype) for leaf, of_leaf in zip(y0, spec.leaves, strict=True)]
@@ -227,7 +227,7 @@ class _Batch:
             self._count(accepted)
         step = BatchStep(self.rows, start, torch.where(accepted, h, 0.0))
         if self.checkpoints is not None:
-            self.checkpoints.store(x, None, ())
+            self.checkpoints.store(StepStart(self.y, x, ()), None)
         self.steps.append(step)
         if any_crossing:
             self._write(step, terms, accepted, end)

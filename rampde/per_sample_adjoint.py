@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rampde.adjoint import Gradients, Sweep
-from rampde.checkpoint import StepStates
+from rampde.checkpoint.every_step import EveryStep
 from rampde.ops import adjoint_stage, adjoint_update
 from rampde.per_sample import BatchStages, BatchStep, polynomial
 from rampde.problem import Stage
@@ -91,9 +91,9 @@ class PerSampleSweep(Sweep):
 
     def _load(self, step: BatchStep, number: int, count: int) -> tuple[list[Stage], list[list[Tensor]]]:
         """The first ``count`` stages with their graphs, and ``h k`` of each."""
-        assert isinstance(self.checkpoints, StepStates)
+        assert isinstance(self.checkpoints, EveryStep)
         stages, tableau = self.stages, self.stages.tableau
-        y = self.checkpoints.states[number]
+        y = self.checkpoints.loaded(number)
         graphs: list[Stage] = []
         terms: list[list[Tensor]] = [[] for _ in y]
         sizes, times = stages.sizes(step.h), stages.times(step.start, step.h)

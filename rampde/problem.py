@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from rampde.checkpoint.policy import Checkpoint
 from rampde.grid import StepSequence, TimeGrid
 from rampde.options import AdaptiveOptions, EqualOptions
 from rampde.randomness import RandomState
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Stage:
-    """One evaluation of f: its arguments and its result, which carries the graph when one was recorded."""
+    """One evaluation of f: its arguments and its result, which carries the graph when one was recorded.
+
+    ``random``: state of the random number generators before it, where it is to be made again.
+    """
 
     time: Tensor
     x: list[Tensor]
     k: list[Tensor]
+    random: RandomState | None = None
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Problem:
         tolerance: tolerances of the error control, or of the iterations of an implicit method.
         options: options that the family of the method knows, checked.
         grid: steps and outputs; of a solve whose steps are decided on the way, known once it is over.
-        checkpoint: "step", "none" or "tape".
+        checkpoint: what is kept for the backward pass.
         compensated: whether the state is summed with compensation.
         perturb: whether f is evaluated just inside the ends of a step.
         scaler: dynamic loss scaling of the adjoint; None for none.
@@ -65,6 +70,7 @@ class Problem:
         time_needs_grad: whether the grid points require a gradient.
         captures: tensors f uses that require a gradient, known after the first stage.
         opaque: whether f keeps tensors where they cannot be found but by evaluating it.
+        buffers: tensors of modules in training that f may change when it is evaluated, such as running means.
     """
 
     velocity: Velocity
@@ -72,7 +78,7 @@ class Problem:
     tolerance: Tolerance
     options: dict[str, Any]
     grid: TimeGrid
-    checkpoint: str
+    checkpoint: Checkpoint
     compensated: bool
     perturb: bool
     scaler: DynamicScaler | None
@@ -93,6 +99,7 @@ class Problem:
     time_needs_grad: bool = False
     captures: list[Tensor] = field(default_factory=list)
     opaque: bool = False
+    buffers: list[Tensor] = field(default_factory=list)
 
     @property
     def tableau(self) -> ButcherTableau:
@@ -108,6 +115,19 @@ class Problem:
     def per_sample(self) -> bool:
         """Whether each sample of the batch has its own steps."""
         return isinstance(self.control, AdaptiveOptions) and self.control.batch_axis is not None
+
+    @property
+    def norm_is_fused(self) -> bool:
+        """Whether one operator updates the state and takes the norm of its error."""
+        adaptive = isinstance(self.control, AdaptiveOptions) and self.control.norm is None
+        return adaptive and self.tolerance.uniform and not any(x.dtype.is_complex for x in self.velocity.spec.leaves)
+
+    @property
+    def end_is_a_stage(self) -> bool:
+        """Whether the next step begins where the last stage was evaluated, before the compensated sum was formed."""
+        closed = self.closed
+        last = closed is not None and closed.attempted == closed.stages
+        return last and self.compensated and self.norm_is_fused
 
     def first_time(self) -> Tensor:
         """The initial time as f receives it."""
@@ -137,6 +157,13 @@ class Problem:
     def later_stages(self) -> list[tuple[int, Combination]]:
         """All stages but the first, with what enters their inputs."""
         return list(enumerate(self.tableau.stage_inputs))[1:]
+
+    @property
+    def evaluated_again(self) -> int:
+        """How many stages of a step, the first ones, have a part in gradients; 1 where f is evaluated at grid points."""
+        if isinstance(self.method, ButcherTableau):
+            return self.tableau.cotangents[0].stage + 1
+        return 1
 
     @property
     def leaves(self) -> range:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from rampde.adjoint import Gradients
+from rampde.buffers import unchanged
 from rampde.captures import Captures, hooks_muted, record
+from rampde.checkpoint import Checkpoint
+from rampde.checkpoint.auto import CHOICES, SavedBytes, budget_of, hooks_are_set, saved_bytes
+from rampde.checkpoint.costs import Sizes, sizes_of
+from rampde.checkpoint.policy import Auto
+from rampde.out_of_memory import explained
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState, preserved
 from rampde.tape import Gate
@@ -21,13 +27,19 @@ from rampde.tape import Gate
 class Kept(Protocol):
     """What of the road out is kept for the road back."""
 
-    needs_graph: bool
+    keeps_graphs: bool
 
     def tensors(self) -> list[Tensor]:
         """What is to be saved for the backward pass by autograd, which may offload or check it."""
 
     def restore(self, tensors: Sequence[Tensor]) -> None:
-        """Takes back what ``tensors`` gave; nothing, once the sweep is over."""
+        """Takes back what ``tensors`` gave, when a backward pass begins."""
+
+    def rest(self) -> None:
+        """A backward pass is over, and another one may follow: forgets what ``restore`` took."""
+
+    def clear(self) -> None:
+        """Forgets everything."""
 
 
 class Backward(Protocol):
@@ -86,6 +98,10 @@ class Roads(ABC, Generic[K]):
         """The first evaluation of f where no gradients are wanted."""
         return Stage(time, x, problem.velocity.evaluate_first(time, x))
 
+    def choose(self, problem: Problem, sizes: Sizes, budget: int) -> Checkpoint:
+        """The policy that "auto" becomes, so that the gradient takes no more than ``budget`` bytes if that can be."""
+        return Checkpoint("step")
+
     def check_random(self, problem: Problem, wanted: bool, later: bool) -> None:
         """Raises RuntimeError where f draws random numbers that cannot be drawn again.
 
@@ -100,10 +116,18 @@ def travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tensor
     On a grid that is known before: the states at the grid points ``problem.kept``; else one for each output time.
     ``y0``: real, dense leaves. The first stage is evaluated here, checked, and searched for what f captures.
     """
+
+    def forget() -> None:
+        problem.first, problem.step_times = None, None
+
+    return explained(lambda: _travel(roads, problem, y0), problem, "forward", forget)
+
+
+def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tensor]:
     velocity, points = problem.velocity, problem.grid.points
     if problem.is_empty:
         return [leaf[None].to(dtype) for leaf, dtype in zip(y0, problem.output_dtypes, strict=True)]
-    if problem.checkpoint == "tape" and not roads.iterates:
+    if problem.checkpoint.is_tape and not roads.iterates:
         return _on_tape(roads, problem, y0)
     with torch.no_grad():
         time = roads.prepare(problem)
@@ -113,23 +137,34 @@ def travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tensor
         return roads.out(problem, [leaf.detach() for leaf in y0], None)
 
     before = RandomState.current(velocity.spec.device)
-    captures = _first_evaluation(roads, problem, time, x)
+    asks = isinstance(problem.checkpoint, Auto)
+    chosen = CHOICES.get(problem) if asks else None
+    # whoever treats what graphs save in a way of his own wants little of it on the device
+    measures = asks and chosen is None and not hooks_are_set()
+    with saved_bytes() if measures else problem.checkpoint.recording() as saved:
+        captures = _first_evaluation(roads, problem, time, x)
     after = RandomState.current(velocity.spec.device)
     wanted = torch.is_grad_enabled() and bool(
         captures.tensors or captures.problem or problem.time_needs_grad or any(leaf.requires_grad for leaf in y0)
     )
     if (wanted or roads.iterates) and not before.equals(after):
         problem.random = before
-    if captures.problem and problem.checkpoint != "tape":
+    if captures.problem and not problem.checkpoint.is_tape:
         warnings.warn(
             f'func {captures.problem}; the solve falls back to checkpoint="tape": more memory, 16-bit gradients are'
             " summed in 16 bits, and float16 is not scaled",
             UserWarning,
             stacklevel=4,
         )
-        problem.checkpoint = "tape"
+        problem.checkpoint = Checkpoint("tape")
     note_precision(problem)
-    if wanted and problem.checkpoint == "tape":
+    if asks and wanted and isinstance(problem.checkpoint, Auto):
+        problem.checkpoint = chosen or _chosen(roads, problem, problem.checkpoint, saved, captures)
+    if not (wanted and problem.checkpoint.keeps_graphs) and not roads.iterates:
+        _detach_first(problem)
+    if problem.stats is not None and wanted:
+        problem.stats.checkpoint = problem.checkpoint.name
+    if wanted and problem.checkpoint.is_tape:
         outputs = _on_tape(roads, problem, y0)
     elif wanted:
         roads.check_random(problem, wanted, later=False)
@@ -164,12 +199,35 @@ def _first_evaluation(roads: Roads[Any], problem: Problem, time: Tensor, x: list
     for leaf in x:
         leaf.requires_grad_()
     k, captures = record(velocity.original, velocity.evaluate_first, time, x)
-    if problem.checkpoint != "none" and not roads.iterates:
-        # plain aliases: the graph is not needed again, and a checkpoint is no leaf of a graph
-        k, x = [value.detach() for value in k], [leaf.detach() for leaf in x]
     problem.first = Stage(time, x, k)
-    problem.captures, problem.opaque = captures.tensors, captures.opaque
+    problem.captures, problem.opaque, problem.buffers = captures.tensors, captures.opaque, captures.buffers
     return captures
+
+
+def _detach_first(problem: Problem) -> None:
+    """Plain aliases: the graph of the first evaluation is not needed again, and a checkpoint is no leaf of a graph."""
+    first = problem.first
+    assert first is not None
+    x, k = [leaf.detach() for leaf in first.x], [value.detach() for value in first.k]
+    problem.first = Stage(first.time.detach(), x, k)
+
+
+def _chosen(
+    roads: Roads[Any], problem: Problem, asked: Auto, saved: SavedBytes | None, captures: Captures
+) -> Checkpoint:
+    """The policy in the place of "auto", remembered for later solves."""
+    if saved is None:
+        policy = Checkpoint("step")
+    else:
+        first = problem.first
+        assert first is not None
+        for value in first.k:
+            saved.note(value)
+        graph = saved.beyond([*captures.tensors, *captures.constants])
+        budget = budget_of(asked, problem.velocity.spec.device)
+        policy = roads.choose(problem, sizes_of(problem, graph), budget)
+    CHOICES.put(problem, policy)
+    return policy
 
 
 def note_precision(problem: Problem) -> None:
@@ -192,9 +250,10 @@ class _Solve(torch.autograd.Function):
         leaves = len(problem.leaves)
         y0, captures = tensors[:leaves], tensors[leaves:]
         kept = roads.keep(problem)
-        outputs = roads.out(problem, [leaf.detach() for leaf in y0], kept)
+        with problem.checkpoint.recording():
+            outputs = roads.out(problem, [leaf.detach() for leaf in y0], kept)
         problem.first = None
-        if problem.velocity.autocast.enabled and not kept.needs_graph:
+        if problem.velocity.autocast.enabled and not kept.keeps_graphs:
             # casts made above without a graph would detach these parameters in the rest of the caller's region
             torch.clear_autocast_cache()
         ctx.set_materialize_grads(False)
@@ -223,21 +282,32 @@ class _Solve(torch.autograd.Function):
             if torch.is_grad_enabled():
                 return (*unused, *_differentiable_backward(ctx.roads, problem, points, y0, captures, cotangents))
             retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-            if ctx.kept.needs_graph and ctx.swept:
+            if ctx.swept:
                 raise RuntimeError(
-                    "the graphs of this solve were freed by an earlier backward pass; give that one"
+                    "what this solve kept for gradients was freed by an earlier backward pass; give that one"
                     ' retain_graph=True, or solve with checkpoint="step"'
                 )
-            ctx.swept = ctx.kept.needs_graph and not retain_graph
+            ctx.swept = ctx.kept.keeps_graphs and not retain_graph
             stack.enter_context(hooks_muted(captures))
+            stack.enter_context(unchanged([] if problem.checkpoint.stages == "none" else problem.buffers))
             ctx.kept.restore(saved[ctx.observed :])
-            # a sweep that may have to resume needs its graphs twice
-            retain = retain_graph or (ctx.kept.needs_graph and problem.scaler is not None)
-            sweep = ctx.roads.back(problem, points, ctx.kept, captures, cotangents, retain)
+            # a sweep that may have to resume needs its graphs twice; those that are made anew serve once
+            retain = ctx.kept.keeps_graphs and (retain_graph or problem.scaler is not None)
+
+            def sweep() -> tuple[Gradients, Tensor | None, Gradients]:
+                back: Backward = ctx.roads.back(problem, points, ctx.kept, captures, cotangents, retain)
+                return back.run(y0)
+
+            def forget() -> None:
+                ctx.kept.clear()
+                ctx.swept = True
+
             try:
-                gradients, points_gradient, totals = sweep.run(y0)
+                gradients, points_gradient, totals = explained(sweep, problem, "backward", forget)
             finally:
-                ctx.kept.restore([])
+                ctx.kept.rest()
+            if not retain_graph:
+                ctx.kept.clear()
         return (
             *unused,
             points_gradient,

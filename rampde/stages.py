@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rampde.ops import rk_stage
 from rampde.problem import Problem, Stage
+from rampde.randomness import RandomState
+from rampde.tableau import Combination
 
 
 def evaluate_stages(
@@ -18,32 +20,47 @@ def evaluate_stages(
     h: Tensor,
     times: Sequence[Tensor],
     first: Stage | None = None,
-    graphs: list[Stage] | None = None,
+    record: list[Stage] | None = None,
+    with_graph: bool = False,
 ) -> list[list[Tensor]]:
     """Velocities of the step from state ``y``, whose rounded form is ``x``, as ``[leaf][stage]``.
 
     ``times`` are those of the stages, the first ones or all, and ``first`` is the first stage, where it is known
-    already. With ``graphs``, the graph of every stage is recorded by itself, from its input to its velocity, and the
-    stages appended there.
+    already. The stages are appended to ``record``; ``with_graph``, the graph of each is recorded by itself, from its
+    input to its velocity.
     """
     velocity = problem.velocity
-    evaluate = velocity.evaluate if graphs is None else velocity.evaluate_with_graph
+    evaluate = velocity.evaluate_with_graph if with_graph else velocity.evaluate
     k = evaluate(times[0], x) if first is None else first.k
-    if graphs is not None:
-        graphs.append(Stage(times[0], x, k) if first is None else first)
+    if record is not None:
+        record.append(Stage(times[0], x, k) if first is None else first)
     velocities = [[value] for value in k]
+    random: RandomState | None = None
     for i, inputs in problem.later_stages[: len(times) - 1]:
-        x = [
-            # at stage i the list of velocities is that of the stages before it
-            rk_stage(state, terms if inputs.dense else inputs.pick(terms), h, inputs.weights, dtype)
-            for state, terms, dtype in zip(y, velocities, velocity.dtypes, strict=True)
-        ]
+        x = _input(problem, y, velocities, h, inputs)
+        if record is not None and problem.random is not None and not with_graph:
+            random = RandomState.current(velocity.spec.device)
         k = evaluate(times[i], x)
         for of_leaf, value in zip(velocities, k, strict=True):
             of_leaf.append(value)
-        if graphs is not None:
-            graphs.append(Stage(times[i], x, k))
+        if record is not None:
+            record.append(Stage(times[i], x, k, random))
     return velocities
+
+
+def stage_input(problem: Problem, y: list[Tensor], velocities: list[list[Tensor]], h: Tensor, i: int) -> list[Tensor]:
+    """Where f is evaluated at stage ``i``, after the first: ``velocities`` are those of the stages before it."""
+    return _input(problem, y, velocities, h, problem.later_stages[i - 1][1])
+
+
+def _input(
+    problem: Problem, y: list[Tensor], velocities: list[list[Tensor]], h: Tensor, inputs: Combination
+) -> list[Tensor]:
+    return [
+        # the list of velocities is that of the stages before this one
+        rk_stage(state, terms if inputs.dense else inputs.pick(terms), h, inputs.weights, dtype)
+        for state, terms, dtype in zip(y, velocities, problem.velocity.dtypes, strict=True)
+    ]
 
 
 def evaluate_tensor_stages(
@@ -53,26 +70,28 @@ def evaluate_tensor_stages(
     h: Tensor,
     times: Sequence[Tensor],
     first: Stage | None = None,
-    graphs: list[Stage] | None = None,
+    record: list[Stage] | None = None,
+    with_graph: bool = False,
 ) -> list[Tensor]:
-    """As :func:`evaluate_stages` for a state of one real tensor, the usual case.
+    """As :func:`evaluate_stages` for a state of one real tensor, the usual case; f draws no random numbers, or its
+    stages are evaluated with their graphs.
 
     With as little Python as can be between two evaluations of f: around a small f, which evicts it from the caches at
     every call, this is what a solve costs.
     """
     velocity = problem.velocity
-    call: Callable[[Tensor, Tensor], Any] = velocity.func if graphs is None else velocity.call_with_graph
+    call: Callable[[Tensor, Tensor], Any] = velocity.call_with_graph if with_graph else velocity.func
     dtype = velocity.dtypes[0]
     # f was seen to return a tensor at its first evaluation
     k: list[Any] = [call(times[0], x)] if first is None else list(first.k)
-    if graphs is not None:
-        graphs.append(Stage(times[0], [x], [k[0]]) if first is None else first)
+    if record is not None:
+        record.append(Stage(times[0], [x], [k[0]]) if first is None else first)
     for i, inputs in problem.later_stages[: len(times) - 1]:
         # at stage i the list of velocities is that of the stages before it
         x = rk_stage(y, k if inputs.dense else inputs.pick(k), h, inputs.weights, dtype)
         time = times[i]
         value = call(time, x)
         k.append(value)
-        if graphs is not None:
-            graphs.append(Stage(time, [x], [value]))
+        if record is not None:
+            record.append(Stage(time, [x], [value]))
     return k

@@ -21,6 +21,8 @@ class SolveStats:
         rejected_starts, rejected_sizes, rejected_ratios: the same of the rejected ones.
         accepted_of_sample, rejected_of_sample: numbers of steps where each sample has its own; nothing else is known of
             such steps.
+        checkpoint: name of the policy that chose what is kept for gradients; empty where none were wanted.
+        steps_again: how many steps were taken again to find states that were not kept.
         scale_history: changes of the scale of the adjoint, pairs (kind, scale) as of ``DynamicScaler``.
     """
 
@@ -33,6 +35,8 @@ class SolveStats:
     rejected_starts: list[float] = field(default_factory=list)
     rejected_sizes: list[float] = field(default_factory=list)
     rejected_ratios: list[float] = field(default_factory=list)
+    checkpoint: str = ""
+    steps_again: int = 0
     scale_history: list[tuple[str, float]] = field(default_factory=list)
     accepted_of_sample: list[int] = field(default_factory=list)
     rejected_of_sample: list[int] = field(default_factory=list)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rampde.autocast import switched_off
 from rampde.control import Attempt
@@ -14,6 +15,12 @@ from rampde.grid import stage_times
 from rampde.ops import rk_stage, rk_update
 from rampde.precision import accumulation_dtype
 from rampde.problem import Problem, Stage
+
+
+def tape_is_needed() -> bool:
+    """Whether forward mode or a transform of ``torch.func`` is active, which see through the tape alone."""
+    in_forward_mode: bool = forward_ad._current_level >= 0
+    return in_forward_mode or torch._C._are_functorch_transforms_active()
 
 
 class Combination(torch.autograd.Function):

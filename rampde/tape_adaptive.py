@@ -48,7 +48,7 @@ class TapedArithmetic(Arithmetic):
 
     def __init__(self, problem: Problem, points: Tensor, norm: ErrorNorm | None) -> None:
         """``points``: (T,) output times, which may require a gradient: all steps move with the first one."""
-        super().__init__(problem, False, norm)
+        super().__init__(problem, norm)
         self.points = points
         self.shift = points[0] - points[0].detach() if problem.time_needs_grad else None
 
