@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rampde import eager, ops, scaling
+from rampde import eager, fp8_blocks, ops, scaling
 
 PARAMETERS = 16
 # elements compared with the oracle: the whole operand up to here, its end beyond
@@ -18,7 +18,8 @@ CHECKED = 2**20
 class Case:
     """One call of one operator: its arguments, which of them it writes, and the bytes that it must move.
 
-    ``reduces``: whether what it returns is a sum over all elements.
+    ``reduces``: whether what it returns is a sum over all elements. ``quantised``: where its codes and block scales
+    are, which it reads where ``codes_are_read``, else writes with the first of what it writes.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Case:
     bytes: int
     scale_state: Tensor | None = None
     reduces: bool = False
+    quantised: tuple[int, int] | None = None
+    codes_are_read: bool = False
 
 
 def _state(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -63,6 +66,18 @@ def cases(n: int, velocity: torch.dtype, device: torch.device) -> Iterator[Case]
     arguments: tuple[Any, ...] = (y, k, h, b, after, checkpoint, compensation, overflow)
     yield Case("rk_update, compensated", "rk_update", arguments, (4, 5, 6, 7), moved + 8 * n)
     del compensation
+
+    # in 8 bits instead: written to nearest and at random, and read by a first stage backwards, which has no velocities
+    codes, scales = fp8_blocks.quantise(y)
+    in_8_bits = n + 4 * len(scales)
+    arguments = (y, k, h, b, after, None, None, overflow, 0, codes, scales)
+    moved_in_8_bits = (8 + 4 * v) * n + in_8_bits
+    yield Case("rk_update, 8 bits", "rk_update", arguments, (4, 7), moved_in_8_bits, quantised=(9, 10))
+    name = "rk_update, 8 bits at random"
+    yield Case(name, "rk_update", (*arguments, 1), (4, 7), moved_in_8_bits, quantised=(9, 10))
+    arguments = (codes, [], h, (), velocity, scales)
+    yield Case("rk_stage, 8 bits", "rk_stage", arguments, (), in_8_bits + v * n, quantised=(0, 5), codes_are_read=True)
+    del codes, scales
 
     # dopri5, of whose seven velocities the second is in neither sum, and the last in that of the error alone
     b = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0)
@@ -102,6 +117,32 @@ def _end(tensor: Tensor) -> Tensor:
     return tensor[-CHECKED:] if tensor.ndim else tensor
 
 
+def _of_oracle(case: Case) -> tuple[Any, ...]:
+    """The arguments without 8 bits: the numbers that codes stand for where they are read, else nothing."""
+    if case.quantised is None:
+        return case.arguments
+    arguments = list(case.arguments)
+    codes, scales = (arguments[index] for index in case.quantised)
+    state = fp8_blocks.dequantise(codes, scales, torch.float32) if case.codes_are_read else None
+    arguments[case.quantised[0]], arguments[case.quantised[1]] = state, None
+    return tuple(arguments)
+
+
+def _check_codes(case: Case) -> None:
+    """Raises RuntimeError unless codes and scales that were written are those of the state beside them, to the bit."""
+    if case.quantised is None or case.codes_are_read:
+        return
+    first = case.quantised[0]
+    codes, scales, *seed = case.arguments[first : first + 3]
+    state = case.arguments[case.written[0]]
+    # random numbers belong to offsets: the end alone has others
+    start = 0 if seed else max(0, state.numel() - CHECKED) // fp8_blocks.BLOCK * fp8_blocks.BLOCK
+    expected, of_blocks = fp8_blocks.quantise(state[start:], *seed)
+    same = torch.equal(codes[start:].view(torch.uint8), expected.view(torch.uint8))
+    if not same or not torch.equal(scales[start // fp8_blocks.BLOCK :], of_blocks):
+        raise RuntimeError(f"{case.name} is wrong: its codes or scales are not those of the state")
+
+
 def _results(returned: Any, arguments: Sequence[Any], written: Sequence[int]) -> list[Tensor]:
     found = [] if returned is None else [returned]
     for index in written:
@@ -130,11 +171,13 @@ def verify(case: Case) -> float:
             return tensor.clone()
         return _end(tensor).double()
 
-    plain = [_convert(argument, lambda tensor: _end(tensor).clone()) for argument in case.arguments]
-    exact = [_convert(argument, double) for argument in case.arguments]
+    arguments = _of_oracle(case)
+    plain = [_convert(argument, lambda tensor: _end(tensor).clone()) for argument in arguments]
+    exact = [_convert(argument, double) for argument in arguments]
     exact = [torch.float64 if isinstance(argument, torch.dtype) else argument for argument in exact]
     compiled, oracle = getattr(ops, case.operator), getattr(eager, case.operator)
     mine = _results(compiled(*case.arguments), case.arguments, case.written)
+    _check_codes(case)
     theirs = _results(oracle(*plain), plain, case.written)
     truth = _results(oracle(*exact), exact, case.written)
 

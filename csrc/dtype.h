@@ -41,6 +41,7 @@ inline std::ostream& operator<<(std::ostream& out, DTypeName name) {
   constexpr const char* names[] = {"float64", "float32", "float16", "bfloat16"};
   const DType dtype = dtype_of_number(name.number);
   if (dtype != DType::Other) return out << names[static_cast<int>(dtype)];
+  if (name.number == aoti_torch_dtype_float8_e4m3fn()) return out << "float8_e4m3fn";
   if (name.number == aoti_torch_dtype_int64()) return out << "int64";
   if (name.number == aoti_torch_dtype_int32()) return out << "int32";
   if (name.number == aoti_torch_dtype_bool()) return out << "bool";

@@ -29,10 +29,14 @@ inline DType check_floating(const Argument& argument, int32_t number) {
   return dtype;
 }
 
+inline void check_dense(const Argument& argument, const Tensor& tensor) {
+  check(is_dense(tensor), argument, " of shape ", Shape{tensor},
+        " has gaps or overlaps in memory, expected a dense tensor: call contiguous() on it first");
+}
+
 // the tensor that decides shape, layout and device of all others
 inline DType check_state(const Argument& argument, const Tensor& state) {
-  check(is_dense(state), argument, " of shape ", Shape{state},
-        " has gaps or overlaps in memory, expected a dense tensor: call contiguous() on it first");
+  check_dense(argument, state);
   return check_floating(argument, state.dtype_number());
 }
 
@@ -46,6 +50,12 @@ inline void check_device(const Argument& argument, const Tensor& tensor, const c
                          const Tensor& state) {
   check(tensor.device() == state.device(), argument, " is on another device than ", state_name,
         ", expected the same");
+}
+
+inline void check_layout(const Argument& argument, const Tensor& tensor, const char* state_name,
+                         const Tensor& state) {
+  check(same_layout(tensor, state), argument, " is laid out in memory differently than ",
+        state_name, ", expected the same strides: create it with torch.empty_like");
 }
 
 // An operand that is read: its data in the layout of the state, copied into it where necessary.
@@ -75,8 +85,7 @@ inline Output write_operand(const Argument& argument, const Tensor& tensor, cons
                             const Tensor& state) {
   check_shape(argument, tensor, state_name, state);
   check_device(argument, tensor, state_name, state);
-  check(same_layout(tensor, state), argument, " is laid out in memory differently than ",
-        state_name, ", expected the same strides: create it with torch.empty_like");
+  check_layout(argument, tensor, state_name, state);
   return {tensor.mutable_data(), check_floating(argument, tensor.dtype_number())};
 }
 

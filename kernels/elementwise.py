@@ -19,14 +19,19 @@ def add_weighted(total, term_ptrs, h_ptr, coefficients: tl.constexpr, offsets, m
 
 
 @triton.jit
+def nothing(like):  # [BLOCK]
+    """Minus zero: what added to anything leaves it as it is."""
+    # as a literal it would lose its sign
+    return tl.full(like.shape, -1.0, like.dtype) * 0.0
+
+
+@triton.jit
 def advanced(base, term_ptrs, h_ptr, coefficients: tl.constexpr, offsets, mask):  # [BLOCK]
     """``base + sum_j h * coefficients[j] * terms[j]``, the terms summed first.
 
     What is accumulated from step to step is so rounded once in a step.
     """
-    # minus zero is what added to anything leaves it as it is
-    nothing = tl.full(base.shape, -0.0, base.dtype)
-    return base + add_weighted(nothing, term_ptrs, h_ptr, coefficients, offsets, mask)
+    return base + add_weighted(nothing(base), term_ptrs, h_ptr, coefficients, offsets, mask)
 
 
 @triton.jit

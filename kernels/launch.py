@@ -27,13 +27,13 @@ _ON_CURRENT_DEVICE: AbstractContextManager[None] = nullcontext()
 
 
 class Launcher:
-    """Launches ``kernel(y, terms, *outputs, *cells, *numbers, numel, coefficients, accumulation, *shape, BLOCK)``.
+    """Launches ``kernel(y, terms, *outputs, *cells, *numbers, numel, coefficients, accumulation, *constants, BLOCK)``.
 
     Triton's own path examines every argument at every call; remembering the compiled kernel under a key of
     our own halves the host time of a launch. ``cells`` are 0-dim tensors, absent ones None. The kernel must
     specialise neither on them nor on numbers: a step size that is a view into a grid of them is aligned to
-    8 bytes only, and the number of the step changes at every call. ``shape`` is compiled in, with as many
-    ``programs`` as cover it; without, a program covers a block of ``y``.
+    8 bytes only, and the number of the step changes at every call. ``constants`` are compiled in. There are as many
+    programs as ``programs`` says, else one for each block of ``y``.
     """
 
     def __init__(self, kernel: triton.JITFunction) -> None:
@@ -49,21 +49,22 @@ class Launcher:
         numbers: tuple[float, ...],
         coefficients: tuple[float, ...],
         accumulation: tl.dtype,
-        shape: tuple[int | None, ...] = (),
+        constants: tuple[int | None, ...] = (),
         programs: int | None = None,
     ) -> None:
         numel = y.numel()
         grid = (-(-numel // BLOCK) if programs is None else programs, 1, 1)
-        arguments = (y, terms, *outputs, *cells, *numbers, numel, coefficients, accumulation, *shape, BLOCK)
+        arguments = (y, terms, *outputs, *cells, *numbers, numel, coefficients, accumulation, *constants, BLOCK)
         addresses = y.data_ptr()
-        key: list[Any] = [y.get_device(), coefficients, y.dtype, shape]
+        key: list[Any] = [y.get_device(), coefficients, y.dtype, constants]
         for tensor in terms + outputs:
             if tensor is None:
                 key.append(None)
             else:
                 addresses |= tensor.data_ptr()
                 key.append(tensor.dtype)
-        key.extend(None if cell is None else cell.dtype for cell in cells)
+        for cell in cells:
+            key.append(None if cell is None else cell.dtype)
         signature = tuple(key)
         aligned = addresses % ALIGNMENT == 0 and _REUSABLE
         with _device_of(y):

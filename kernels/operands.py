@@ -6,6 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from rampde import fp8_blocks
+
 ACCUMULATION = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -17,9 +19,12 @@ ACCUMULATION = {
 _SUPPORTED = "one of " + ", ".join(map(str, ACCUMULATION))
 
 
-def check_state(op: str, y: Tensor, h: Tensor) -> None:
-    """``y`` dense and floating, ``h`` a 0-dim float64 or float32 beside it."""
-    check_dtype(op, "y has dtype", y.dtype)
+def check_state(op: str, y: Tensor, h: Tensor, block_scales: Tensor | None = None) -> None:
+    """``y`` dense and floating, or in 8 bits with ``block_scales``; ``h`` a 0-dim float64 or float32 beside it."""
+    if block_scales is None:
+        check_dtype(op, "y has dtype", y.dtype)
+    else:
+        fp8_blocks.checked(op, "y", y, block_scales, y)
     if not y.is_contiguous() and not _is_dense(y):
         raise ValueError(
             f"{op}: y of shape {tuple(y.shape)} has strides {y.stride()}, expected a dense tensor, of any"
@@ -33,7 +38,8 @@ def check_state(op: str, y: Tensor, h: Tensor) -> None:
 
 def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
     if dtype not in ACCUMULATION:
-        raise ValueError(f"{op}: {what} {dtype}, expected {_SUPPORTED}")
+        others = f"; {dtype} is for the y of rk_stage, with its block_scales" if dtype == fp8_blocks.CODES else ""
+        raise ValueError(f"{op}: {what} {dtype}, expected {_SUPPORTED}{others}")
 
 
 def used_terms(
@@ -87,6 +93,14 @@ def check_output(op: str, name: str, y: Tensor, output: Tensor) -> None:
             f"{op}: {name} has strides {output.stride()}, expected the layout of y, {y.stride()};"
             " torch.empty_like(y) has it"
         )
+
+
+def quantised_output(
+    op: str, y: Tensor, quantised: Tensor | None, block_scales: Tensor | None, seed: int | None
+) -> tuple[Tensor, int]:
+    """Of the three the codes as bytes, which kernels write, and the word of the seed, 0 without one."""
+    codes, _ = fp8_blocks.checked(op, "quantised", quantised, block_scales, y)
+    return codes.view(torch.uint8), 0 if seed is None else fp8_blocks.seed_word(seed)
 
 
 def check_counter(op: str, name: str, y: Tensor, counter: Tensor) -> None:

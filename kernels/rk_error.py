@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rampde.kernels import operands
-from rampde.kernels.elementwise import reciprocal, rounded, two_sum
+from rampde.kernels.elementwise import nothing, reciprocal, rounded, two_sum
+from rampde.kernels.fp8 import store_quantised
 from rampde.kernels.launch import BLOCK, Launcher
 
 SMALLEST = {tl.float32: torch.finfo(torch.float32).tiny, tl.float64: torch.finfo(torch.float64).tiny}
@@ -22,11 +23,16 @@ def _error_block(
     next_ptr,
     checkpoint_ptr,
     compensation_ptr,
+    codes_ptr,
     h_ptr,
+    scales_ptr,
     rtol,
     atol,
+    seed,
+    numel,
     coefficients: tl.constexpr,
     accumulation: tl.constexpr,
+    stochastic: tl.constexpr,
     offsets,  # [BLOCK], or [rows, WIDTH]
     mask,  # as offsets, or None for a full block
 ):
@@ -41,8 +47,7 @@ def _error_block(
 
     # the terms first: what is accumulated from step to step is rounded once in a step
     if compensation_ptr is None:
-        # minus zero is what added to anything leaves it as it is
-        increment = tl.full(base.shape, -0.0, base.dtype)
+        increment = nothing(base)
     else:
         increment = tl.load(compensation_ptr + offsets, mask=mask).to(accumulation)
     for j in tl.static_range(terms):
@@ -73,6 +78,8 @@ def _error_block(
         tl.store(next_ptr + offsets, rounded(total, next_ptr.dtype.element_ty), mask=mask)
     if checkpoint_ptr is not None:
         tl.store(checkpoint_ptr + offsets, rounded(total, checkpoint_ptr.dtype.element_ty), mask=mask)
+    if codes_ptr is not None:
+        store_quantised(total, codes_ptr, scales_ptr, seed, stochastic, numel, offsets, mask)
     # the square of a float32 need not be one
     square = ratio.to(tl.float64) * ratio.to(tl.float64)
     square = tl.where(square == square, square, float("inf"))
@@ -90,21 +97,25 @@ def _write_sums(sums_ptr, index, square, share, roundoff, mask):
 
 
 # what changes from step to step, or with the tolerances, must not make another kernel: see Launcher
-@triton.jit(do_not_specialize=["h_ptr", "rtol", "atol", "roundoff", "numel"])
+@triton.jit(do_not_specialize=["h_ptr", "scales_ptr", "rtol", "atol", "roundoff", "seed", "numel"])
 def rk_error_kernel(
     y_ptr,
     k_ptrs,  # a tuple, one pointer per pair of coefficients
-    next_ptr,  # or None, as checkpoint_ptr and compensation_ptr
+    next_ptr,  # or None, as checkpoint_ptr, compensation_ptr and codes_ptr
     checkpoint_ptr,
     compensation_ptr,
+    codes_ptr,  # of all of y in one row
     sums_ptr,  # [rows, blocks of a row, 2]
     h_ptr,
+    scales_ptr,  # beside codes_ptr
     rtol: tl.float64,
     atol: tl.float64,
     roundoff: tl.float64,
+    seed: tl.int64,
     numel: tl.int64,
     coefficients: tl.constexpr,  # those of the step, then those of the error
     accumulation: tl.constexpr,
+    stochastic: tl.constexpr,
     LENGTH: tl.constexpr,  # of a row, or None for all of y in one
     WIDTH: tl.constexpr,  # of the part of a row that a program sees
     BLOCK: tl.constexpr,
@@ -116,13 +127,13 @@ def rk_error_kernel(
         # a mask of unknown alignment splits every access into single elements, so only the last block has one
         if start + BLOCK <= numel:
             square, share = _error_block(
-                y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, h_ptr, rtol, atol,
-                coefficients, accumulation, offsets, None,
+                y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, scales_ptr, rtol, atol,
+                seed, numel, coefficients, accumulation, stochastic, offsets, None,
             )  # fmt: skip
         else:
             square, share = _error_block(
-                y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, h_ptr, rtol, atol,
-                coefficients, accumulation, offsets, offsets < numel,
+                y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, scales_ptr, rtol, atol,
+                seed, numel, coefficients, accumulation, stochastic, offsets, offsets < numel,
             )  # fmt: skip
         _write_sums(sums_ptr, program, tl.sum(square, 0), tl.sum(share, 0), roundoff, None)
     else:
@@ -133,8 +144,8 @@ def rk_error_kernel(
         offsets = row[:, None] * LENGTH + column[None, :]
         mask = (row[:, None] * LENGTH < numel) & (column[None, :] < LENGTH)
         square, share = _error_block(
-            y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, h_ptr, rtol, atol,
-            coefficients, accumulation, offsets, mask,
+            y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, scales_ptr, rtol, atol,
+            seed, numel, coefficients, accumulation, stochastic, offsets, mask,
         )  # fmt: skip
         index = row * parts + program % parts
         _write_sums(sums_ptr, index, tl.sum(square, 1), tl.sum(share, 1), roundoff, row * LENGTH < numel)
@@ -156,6 +167,9 @@ def rk_error(
     y_next: Tensor | None = None,
     checkpoint: Tensor | None = None,
     compensation: Tensor | None = None,
+    quantised: Tensor | None = None,
+    block_scales: Tensor | None = None,
+    seed: int | None = None,
 ) -> Tensor:
     """End of an attempted step; :func:`rampde.eager.rk_error` says what it means."""
     operands.check_state("rk_error", y, h)
@@ -168,14 +182,20 @@ def rk_error(
             operands.check_output("rk_error", name, y, output)
     if compensation is not None and compensation.dtype == torch.float64:
         accumulation = tl.float64
+    codes, word = None, 0
+    if quantised is not None or block_scales is not None:
+        codes, word = operands.quantised_output("rk_error", y, quantised, block_scales, seed)
+        if rows != 1:
+            raise ValueError(f"rk_error: rows is {rows}, expected 1 where quantised is given")
     if y.numel() == 0:
         return y.new_zeros((rows, 2), dtype=torch.float64)
     length = y.numel() // rows
     width = BLOCK if rows == 1 else min(BLOCK, triton.next_power_of_2(length))
     parts = -(-length // width)
     sums = y.new_empty((rows, parts, 2), dtype=torch.float64)
-    numbers = (rtol, atol + SMALLEST[accumulation], roundoff)
+    numbers = (rtol, atol + SMALLEST[accumulation], roundoff, word)
     programs = -(-rows // (BLOCK // width)) * parts
-    shape = (None if rows == 1 else length, width)
-    _launch(y, terms, (*outputs.values(), sums), (h,), numbers, coefficients, accumulation, shape, programs)
+    constants = (seed is not None, None if rows == 1 else length, width)
+    written, cells = (*outputs.values(), codes, sums), (h, block_scales)
+    _launch(y, terms, written, cells, numbers, coefficients, accumulation, constants, programs)
     return sums[:, 0] if parts == 1 else sums.sum(1)

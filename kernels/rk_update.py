@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rampde.kernels import operands
 from rampde.kernels.elementwise import add_weighted, advanced, rounded, two_sum
+from rampde.kernels.fp8 import store_quantised
 from rampde.kernels.launch import Launcher
 
 
@@ -32,11 +33,16 @@ def _update_block(
     next_ptr,
     checkpoint_ptr,
     compensation_ptr,
+    codes_ptr,
     h_ptr,
     overflow_ptr,
+    scales_ptr,
     step,
+    seed,
+    numel,
     coefficients: tl.constexpr,
     accumulation: tl.constexpr,
+    stochastic: tl.constexpr,
     offsets,  # [BLOCK]
     mask,  # [BLOCK], or None for a full block
 ):
@@ -53,24 +59,30 @@ def _update_block(
     if checkpoint_ptr is not None:
         stored = rounded(total, checkpoint_ptr.dtype.element_ty)
         tl.store(checkpoint_ptr + offsets, stored, mask=mask)
+    if codes_ptr is not None:
+        store_quantised(total, codes_ptr, scales_ptr, seed, stochastic, numel, offsets, mask)
     if overflow_ptr is not None:
         _note_overflow(stored, overflow_ptr, step, mask)
 
 
 # what changes from step to step must not make another kernel: see Launcher
-@triton.jit(do_not_specialize=["h_ptr", "overflow_ptr", "step", "numel"])
+@triton.jit(do_not_specialize=["h_ptr", "overflow_ptr", "scales_ptr", "step", "seed", "numel"])
 def rk_update_kernel(
     y_ptr,
     k_ptrs,  # a tuple, one pointer per coefficient
     next_ptr,
-    checkpoint_ptr,  # or None, as compensation_ptr and overflow_ptr
+    checkpoint_ptr,  # or None, as compensation_ptr, codes_ptr and overflow_ptr
     compensation_ptr,
+    codes_ptr,
     h_ptr,
     overflow_ptr,
+    scales_ptr,  # beside codes_ptr
     step: tl.int64,
+    seed: tl.int64,
     numel: tl.int64,
     coefficients: tl.constexpr,
     accumulation: tl.constexpr,
+    stochastic: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -78,13 +90,13 @@ def rk_update_kernel(
     # a mask of unknown alignment splits every access into single elements, so only the last block has one
     if start + BLOCK <= numel:
         _update_block(
-            y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, h_ptr, overflow_ptr, step,
-            coefficients, accumulation, offsets, None,
+            y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, overflow_ptr, scales_ptr,
+            step, seed, numel, coefficients, accumulation, stochastic, offsets, None,
         )  # fmt: skip
     else:
         _update_block(
-            y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, h_ptr, overflow_ptr, step,
-            coefficients, accumulation, offsets, offsets < numel,
+            y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, overflow_ptr, scales_ptr,
+            step, seed, numel, coefficients, accumulation, stochastic, offsets, offsets < numel,
         )  # fmt: skip
 
 
@@ -101,6 +113,9 @@ def rk_update(
     compensation: Tensor | None = None,
     overflow_step: Tensor | None = None,
     step: int = 0,
+    quantised: Tensor | None = None,
+    block_scales: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     """End of a step; :func:`rampde.eager.rk_update` says what it means."""
     operands.check_state("rk_update", y, h)
@@ -115,6 +130,9 @@ def rk_update(
             accumulation = tl.float64
     if overflow_step is not None:
         operands.check_counter("rk_update", "overflow_step", y, overflow_step)
+    codes, word = None, 0
+    if quantised is not None or block_scales is not None:
+        codes, word = operands.quantised_output("rk_update", y, quantised, block_scales, seed)
     if y.numel():
-        outputs = (y_next, checkpoint, compensation)
-        _launch(y, terms, outputs, (h, overflow_step), (step,), coefficients, accumulation)
+        outputs, cells = (y_next, checkpoint, compensation, codes), (h, overflow_step, block_scales)
+        _launch(y, terms, outputs, cells, (step, word), coefficients, accumulation, (seed is not None,))

@@ -203,11 +203,9 @@ class Sweep:
         captures, retain_graph, scale_state = self.captures, self.retain_graph, self.scale_state
         inside = self.inside if self.inside is not None and step in self.inside else None
         swept = self.problem.tableau.cotangents
-        bases: list[list[Tensor]] = []
         if inside is not None:
             assert self.problem.closed is not None
             swept = self.problem.closed.interpolated_cotangents
-            bases = [inside.bases(lam, step, leaf) for leaf, lam in enumerate(adjoint)]
         stages = self.checkpoints.load(step, h, times[: swept[0].stage + 1])
         if not self.retain_graph:
             self.checkpoints.release(step)
@@ -219,6 +217,9 @@ class Sweep:
             inside.forget_time_gradients(self.output_time_gradients, step)
         # where f shows what it holds, a look at the last and at a middle step is enough to see that it does
         watched = step + 1 == self.steps or step == self.steps // 2
+        # where memory matters most, parameters' gradients do not wait for the other stages; under scaling the decision
+        # on the step comes first. The sums are the same to the bit
+        at_once = self.checkpoints.one_at_a_time and self.scale_state is None and bool(captures)
         for i, b, later in swept:
             stage = stages.take(i)
             cotangents = []
@@ -228,7 +229,7 @@ class Sweep:
                 if self.sparse or not later.dense:
                     terms, weights = _present(later, of_leaf)
                 if inside is not None:
-                    lam, b = bases[leaf][i], 1.0
+                    lam, b = inside.base(lam, step, leaf, i), 1.0
                 cotangents.append(adjoint_stage(lam, terms, h, b, weights, k.dtype, scale_state))
             if watched or self.problem.opaque:
                 self._check_captures(stage)
@@ -249,9 +250,12 @@ class Sweep:
                 self.sparse = self.sparse or product is None
             if time_gradient is not None:
                 time_gradient.add_time(products[len(vjps)], self.problem.tableau.nodes[i])
-            gradients.extend(products[len(inputs) :])
+            if at_once:
+                self._accumulate(list(products[len(inputs) :]), h)
+            else:
+                gradients.extend(products[len(inputs) :])
             # the graph of the stage goes as soon as its product is taken, before that of the next one is made
-            del stage, inputs, cotangents, k, terms, products, product
+            del stage, inputs, cotangents, lam, k, terms, products, product
         for leaf, lam in enumerate(adjoint):
             present = [vjp for vjp in vjps[leaf] if vjp is not None] if self.sparse else vjps[leaf]
             cotangent = self.cotangents[leaf].get(step)

@@ -186,7 +186,9 @@ def _given_parameters(func: object, given: Iterable[Tensor]) -> Parameters:
     excluded = any(not tensor.requires_grad for tensor in candidates)
     known = {id(tensor) for tensor in tensors}
     # only then, as compiled code cannot keep its graph
-    computed_outside = any(not tensor.is_leaf and id(tensor) not in known for tensor in reachable_tensors(func).requiring)
+    computed_outside = any(
+        not tensor.is_leaf and id(tensor) not in known for tensor in reachable_tensors(func).requiring
+    )
     return Parameters(
         tensors, len(tensors), excluded, checked=False, retain_graph=computed_outside or related, related=related
     )

@@ -14,6 +14,8 @@ name                shape, dtype                 meaning
 ``vjps``            as ``y``, any floating       vector-Jacobian products of the stages, times the scale
 ``h``               0-dim, float64 or float32    step size, negative in reverse time, on ``y``'s device
 ``scale_state``     (9,), float32                state of the loss scale, see :mod:`rampde.scaling`
+``quantised``       as ``y``, float8_e4m3fn      a state in 8 bits, see :mod:`rampde.fp8_blocks`, and
+``block_scales``    (ceil(numel/128),), float32  its scales; always given together
 ==================  ===========================  ======================================================
 
 Sums are formed in ``accumulation_dtype``: float64 for a float64 operand ``y``, else float32.
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rampde import fp8_blocks
 from rampde.precision import accumulation_dtype
 from rampde.scaling import (
     CLEAN_STEPS,
@@ -72,8 +75,21 @@ def _used(terms: Sequence[Tensor], coefficients: Sequence[float]) -> tuple[list[
     return [term for term, _ in kept], [c for _, c in kept]
 
 
-def rk_stage(y: Tensor, k: Sequence[Tensor], h: Tensor, a: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Input of a Runge-Kutta stage: ``X_i = round(y + h * sum_j a_ij k_j)`` in ``dtype``."""
+def rk_stage(
+    y: Tensor,
+    k: Sequence[Tensor],
+    h: Tensor,
+    a: Sequence[float],
+    dtype: torch.dtype,
+    block_scales: Tensor | None = None,
+) -> Tensor:
+    """Input of a Runge-Kutta stage: ``X_i = round(y + h * sum_j a_ij k_j)`` in ``dtype``.
+
+    With ``block_scales``, and only then, ``y`` is a state in 8 bits.
+    """
+    if block_scales is not None or y.dtype == fp8_blocks.CODES:
+        codes, scales = fp8_blocks.checked("rk_stage", "y", y, block_scales, y)
+        y = fp8_blocks.dequantise(codes, scales, torch.float32)
     k, a = _used(k, a)
     return _advanced(y, k, _weights(h, a)).to(dtype)
 
@@ -92,6 +108,13 @@ def _step(y: Tensor, k: Sequence[Tensor], h: Tensor, b: Sequence[float], compens
     return total
 
 
+def _write_quantised(total: Tensor, quantised: Tensor | None, block_scales: Tensor | None, seed: int | None) -> None:
+    if quantised is not None and block_scales is not None:
+        codes, scales = fp8_blocks.quantise(torch.empty_like(quantised, dtype=torch.float32).copy_(total), seed)
+        quantised.copy_(codes)
+        block_scales.copy_(scales)
+
+
 def rk_update(
     y: Tensor,
     k: Sequence[Tensor],
@@ -102,18 +125,25 @@ def rk_update(
     compensation: Tensor | None = None,
     overflow_step: Tensor | None = None,
     step: int = 0,
+    quantised: Tensor | None = None,
+    block_scales: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     """End of a step: ``y_next = y + h * sum_i b_i k_i``; ``y_next`` may be ``y`` itself.
 
     ``checkpoint``, when given, receives ``y_next`` rounded to its own dtype. ``compensation`` carries the
     rounding error of the running sum from step to step (Kahan summation with Knuth's exact two-sum, TAOCP 2,
     4.2.2, theorem B). ``overflow_step``, a 0-dim int64, becomes ``min(overflow_step, step)`` when any element
-    of ``y_next``, or of ``checkpoint``, is not finite.
+    of ``y_next``, or of ``checkpoint``, is not finite. ``quantised`` and ``block_scales`` receive ``y_next``,
+    as it is before it is rounded to its own dtype, in 8 bits: to nearest even, or with a ``seed`` at random.
     """
+    if quantised is not None or block_scales is not None:
+        fp8_blocks.checked("rk_update", "quantised", quantised, block_scales, y)
     total = _step(y, k, h, b, compensation)
     y_next.copy_(total)
     if checkpoint is not None:
         checkpoint.copy_(total)
+    _write_quantised(total, quantised, block_scales, seed)
     if overflow_step is not None:
         finite = torch.isfinite(y_next if checkpoint is None else checkpoint).all()
         overflow_step.copy_(torch.where(finite, overflow_step, overflow_step.clamp(max=step)))
@@ -132,6 +162,9 @@ def rk_error(
     y_next: Tensor | None = None,
     checkpoint: Tensor | None = None,
     compensation: Tensor | None = None,
+    quantised: Tensor | None = None,
+    block_scales: Tensor | None = None,
+    seed: int | None = None,
 ) -> Tensor:
     """End of an attempted step: ``y_next`` and the others as in :func:`rk_update`, and the size of its error.
 
@@ -139,8 +172,12 @@ def rk_error(
     of shape (rows, 2), a row for all of ``y`` or for each of its slices along dimension 0: the sum of
     ``(error / tolerance)^2``, and what velocities rounded to a relative ``roundoff`` have in it, the sum of
     ``roundoff^2 * sum_i (h e_i k_i / tolerance)^2``. The first is infinite, never NaN, when ``y_next`` or the error
-    is not finite; an element that would not be finite adds nothing to the second.
+    is not finite; an element that would not be finite adds nothing to the second. ``quantised`` needs ``rows`` of 1.
     """
+    if quantised is not None or block_scales is not None:
+        fp8_blocks.checked("rk_error", "quantised", quantised, block_scales, y)
+        if rows != 1:
+            raise ValueError(f"rk_error: rows is {rows}, expected 1 where quantised is given")
     total = _step(y, k, h, b, compensation)
     # the smallest normal number makes every weight finite, and 0 of 0 / 0
     smallest = torch.finfo(total.dtype).tiny
@@ -156,6 +193,7 @@ def rk_error(
         y_next.copy_(total)
     if checkpoint is not None:
         checkpoint.copy_(total)
+    _write_quantised(total, quantised, block_scales, seed)
     squares = _wide(ratio).square().nan_to_num(torch.inf, torch.inf)
     parts = _wide(share).nan_to_num(0.0, 0.0) * roundoff**2
     return torch.stack([_row_sums(x.reshape(rows, y.numel() // max(rows, 1))) for x in (squares, parts)], 1)

@@ -48,15 +48,15 @@ class OutputsInside:
             return adjoint
         return _weighted(adjoint, rows, [1.0] * rows.shape[0])
 
-    def bases(self, adjoint: Tensor, step: int, leaf: int) -> list[Tensor]:
-        """``b_i lam + sum_m w_i(theta_m) c_m`` for every stage."""
+    def base(self, adjoint: Tensor, step: int, leaf: int, stage: int) -> Tensor:
+        """``b_i lam + sum_m w_i(theta_m) c_m`` of a stage."""
         rows = self.stacked(step, leaf)
-        weights = [self._tableau.weights_at(self._outputs[index].theta) for index in self._of_step[step]]
-        bases = []
-        for stage, b in enumerate(self._tableau.b):
-            base = adjoint * float(b) if b != 0 else torch.zeros_like(adjoint)
-            bases.append(base if rows is None else _weighted(base, rows, [of_output[stage] for of_output in weights]))
-        return bases
+        b = self._tableau.b[stage]
+        base = adjoint * float(b) if b != 0 else torch.zeros_like(adjoint)
+        if rows is None:
+            return base
+        weights = [self._tableau.weights_at(self._outputs[index].theta)[stage] for index in self._of_step[step]]
+        return _weighted(base, rows, weights)
 
     def forget_time_gradients(self, totals: dict[int, Tensor], step: int) -> None:
         """Removes from ``totals`` what a sweep of ``step`` that did not count has added."""

@@ -16,14 +16,16 @@ MISSING = _ext.MISSING
 """Why the compiled operators are absent; empty when they are loaded."""
 
 SCHEMAS = {
-    "rk_stage": "(Tensor y, Tensor[] k, Tensor h, float[] a, ScalarType dtype) -> Tensor",
+    "rk_stage": ("(Tensor y, Tensor[] k, Tensor h, float[] a, ScalarType dtype, Tensor? block_scales=None) -> Tensor"),
     "rk_update": (
         "(Tensor y, Tensor[] k, Tensor h, float[] b, Tensor(a!) y_next, Tensor(b!)? checkpoint=None,"
-        " Tensor(c!)? compensation=None, Tensor(d!)? overflow_step=None, int step=0) -> ()"
+        " Tensor(c!)? compensation=None, Tensor(d!)? overflow_step=None, int step=0,"
+        " Tensor(e!)? quantised=None, Tensor(f!)? block_scales=None, int? seed=None) -> ()"
     ),
     "rk_error": (
         "(Tensor y, Tensor[] k, Tensor h, float[] b, float[] e, float rtol, float atol, float roundoff, int rows=1,"
-        " Tensor(a!)? y_next=None, Tensor(b!)? checkpoint=None, Tensor(c!)? compensation=None) -> Tensor"
+        " Tensor(a!)? y_next=None, Tensor(b!)? checkpoint=None, Tensor(c!)? compensation=None,"
+        " Tensor(d!)? quantised=None, Tensor(e!)? block_scales=None, int? seed=None) -> Tensor"
     ),
     "adjoint_stage": (
         "(Tensor adjoint, Tensor[] vjps, Tensor h, float b, float[] a, ScalarType dtype,"

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 class Stage:
     """One evaluation of f: its arguments and its result, which carries the graph when one was recorded.
 
+    Of a result that only a product is to be taken of, the root of its graph is enough.
     ``random``: state of the random number generators before it, where it is to be made again.
     """
 
     time: Tensor
     x: list[Tensor]
-    k: list[Tensor]
+    k: list[Any]
     random: RandomState | None = None
 
 

@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -120,7 +121,7 @@ def travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tensor
     def forget() -> None:
         problem.first, problem.step_times = None, None
 
-    return explained(lambda: _travel(roads, problem, y0), problem, "forward", forget)
+    return explained(partial(_travel, roads, problem, y0), problem, "forward", forget)
 
 
 def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tensor]:
@@ -154,7 +155,7 @@ def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tenso
             f'func {captures.problem}; the solve falls back to checkpoint="tape": more memory, 16-bit gradients are'
             " summed in 16 bits, and float16 is not scaled",
             UserWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
         problem.checkpoint = Checkpoint("tape")
     note_precision(problem)
@@ -221,8 +222,6 @@ def _chosen(
     else:
         first = problem.first
         assert first is not None
-        for value in first.k:
-            saved.note(value)
         graph = saved.beyond([*captures.tensors, *captures.constants])
         budget = budget_of(asked, problem.velocity.spec.device)
         policy = roads.choose(problem, sizes_of(problem, graph), budget)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge, Node
 
 from rampde.autocast import AutocastState
 from rampde.state import State, StateSpec
@@ -95,8 +96,28 @@ def _counted(func: Callable[[Tensor, State], State], stats: SolveStats) -> Calla
     return counted
 
 
+class Root(GradientEdge):
+    """A velocity without its values: where its graph begins, which is all that a product needs of it."""
+
+    dtype: torch.dtype
+    requires_grad = True
+
+    @property
+    def grad_fn(self) -> Node:
+        return self.node
+
+
+def root(velocity: Tensor) -> Tensor | Root:
+    """The root of the graph of ``velocity``; itself, where that is no result of an operation."""
+    if velocity.grad_fn is None:
+        return velocity
+    found = Root(velocity.grad_fn, velocity.output_nr)
+    found.dtype = velocity.dtype
+    return found
+
+
 def vector_jacobian_product(
-    k: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], retain_graph: bool
+    k: Sequence[Tensor | Root], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], retain_graph: bool
 ) -> Sequence[Tensor | None]:
     """Gradients of ``sum_l <k_l, cotangents_l>`` with respect to ``inputs``; None where k does not depend on one.
 

@@ -11,7 +11,7 @@ PROGRAM = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])
 from operands import DTYPES, bytes_of, mixed, random, scalar, scale_state
-from rampde import ops
+from rampde import fp8_blocks, ops
 
 torch.manual_seed(0)
 digest, h = hashlib.sha256(), scalar(0.37, "cpu")
@@ -23,8 +23,11 @@ for state in DTYPES:
         outputs = [ops.rk_stage(y, k, h, b, result) for result in DTYPES]
         outputs += [ops.adjoint_stage(y, k, h, 0.3, b, result, scaling) for result in DTYPES]
         outputs += [ops.rk_error(y, k, h, b, b[::-1], 1e-3, 1e-5, 0.01, rows) for rows in (1, size)]
-        ops.rk_update(y, k, h, b, total, None, compensation)
-        outputs += [total, compensation]
+        for seed in (None, 5):
+            codes, scales = fp8_blocks.empty_like(y)
+            ops.rk_update(y, k, h, b, total, None, compensation, None, 0, codes, scales, seed)
+            outputs += [total.clone(), compensation.clone(), codes, scales]
+            outputs += [ops.rk_stage(codes, k, h, b, result, scales) for result in DTYPES]
         ops.adjoint_update(y, k, h, k[0], total, scaling)
         sums = [y.float(), y.double()]
         ops.accumulate_gradients(sums, [k[1], k[2], k[3], k[0]], h, scaling)
@@ -35,6 +38,12 @@ numbers = [x[~x.isnan()] for x in (bits.view(torch.float16), bits.view(torch.bfl
 for x in numbers:
     for result in DTYPES:
         digest.update(bytes_of(ops.rk_stage(x, [], h, [], result)))
+x = torch.randint(-(2**31), 2**31, (2**20,)).to(torch.int32).view(torch.float32)
+x = torch.cat([x, x.nan_to_num(0.0).clamp(-1e30, 1e30), random((2**20,), torch.float32)])
+for seed in (None, 5):
+    codes, scales = fp8_blocks.empty_like(x)
+    ops.rk_update(x, [], h, [], torch.empty_like(x), quantised=codes, block_scales=scales, seed=seed)
+    digest.update(bytes_of(codes) + bytes_of(scales))
 print(digest.hexdigest())
 """
 

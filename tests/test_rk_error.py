@@ -4,11 +4,22 @@ import math
 
 import pytest
 import torch
-from operands import DTYPES, LAYOUTS, SHAPES, Backend, assert_deterministic, mixed, random, same_bits, scalar
+from operands import (
+    DTYPES,
+    LAYOUTS,
+    OPCHECKS_IN_8_BITS,
+    SHAPES,
+    Backend,
+    assert_deterministic,
+    mixed,
+    random,
+    same_bits,
+    scalar,
+)
 from tolerance import assert_within_budget
 from torch import Tensor
 
-from rampde import eager, ops
+from rampde import eager, fp8_blocks, ops
 
 B = [1 / 6, 1 / 3, -0.7, 0.0, 1.5, -0.4, 0.0, 0.05] * 2
 E = [0.1, -0.3, 0.0, 0.4, -0.2, 0.05, -0.1, 0.0] * 2
@@ -123,24 +134,29 @@ def test_in_place(backend: Backend, state: torch.dtype) -> None:
     assert same_bits([y, again], [expected, sums])
 
 
+@pytest.mark.parametrize("seed", [None, 0, -5])
 @pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize("state", [torch.float32, torch.float64])
-def test_the_step_is_that_of_rk_update(backend: Backend, state: torch.dtype, compensated: bool) -> None:
-    """To the bit; and the sums do not depend on what is written."""
-    y, h = random((3001,), state, backend.device), scalar(1e-4, backend.device)
-    k, lost = mixed(7, y), random((3001,), state, backend.device) * 1e-8
+@pytest.mark.parametrize("size", [0, 1, 127, 129, 1000, 1025, 3001])
+@pytest.mark.parametrize("state", DTYPES)
+def test_the_step_is_that_of_rk_update(
+    backend: Backend, state: torch.dtype, size: int, compensated: bool, seed: int | None
+) -> None:
+    """To the bit, in 8 of them too; and the sums do not depend on what is written."""
+    y, h = random((size,), state, backend.device), scalar(1e-4, backend.device)
+    k, lost = mixed(7, y), random((size,), eager.accumulation_dtype(state), backend.device) * 1e-8
     outcomes, sums = [], []
     for operator in ("rk_update", "rk_error"):
         y_next, checkpoint = torch.empty_like(y), torch.empty_like(y, dtype=torch.bfloat16)
-        compensation = lost.clone() if compensated else None
+        compensation, quantised = lost.clone() if compensated else None, fp8_blocks.empty_like(y)
         if operator == "rk_update":
-            backend.rk_update(y, k, h, B[:7], y_next, checkpoint, compensation)
+            backend.rk_update(y, k, h, B[:7], y_next, checkpoint, compensation, None, 0, *quantised, seed)
         else:
             arguments = (y, k, h, B[:7], E[:7], RTOL, ATOL, ROUNDOFF, 1)
-            sums.append(backend.rk_error(*arguments, y_next, checkpoint, compensation))
+            sums.append(backend.rk_error(*arguments, y_next, checkpoint, compensation, *quantised, seed))
             for outputs in ((), (torch.empty_like(y),), (None, torch.empty_like(checkpoint))):
                 sums.append(backend.rk_error(*arguments, *outputs))
-        outcomes.append([y_next, checkpoint, *([compensation] if compensation is not None else [])])
+            sums.append(backend.rk_error(*arguments, None, None, None, *fp8_blocks.empty_like(y)))
+        outcomes.append([y_next, checkpoint, *quantised, *([compensation] if compensation is not None else [])])
     assert same_bits(*outcomes)
     if not compensated:
         assert all(same_bits([sums[0]], [other]) for other in sums[1:])
@@ -243,8 +259,11 @@ def test_deterministic(backend: Backend, rows: int) -> None:
     k = mixed(4, y)
 
     def call() -> list[Tensor]:
-        y_next = torch.empty_like(y)
-        return [y_next, backend.rk_error(y, k, h, B[:4], E[:4], RTOL, ATOL, ROUNDOFF, rows, y_next)]
+        y_next, quantised = torch.empty_like(y), fp8_blocks.empty_like(y)
+        arguments = (y, k, h, B[:4], E[:4], RTOL, ATOL, ROUNDOFF, rows, y_next)
+        if rows != 1:
+            return [y_next, backend.rk_error(*arguments)]
+        return [y_next, backend.rk_error(*arguments, None, None, *quantised, 5), *quantised]
 
     assert_deterministic(call)
 
@@ -258,6 +277,14 @@ def test_opcheck(complete: bool) -> None:
     torch.library.opcheck(ops.rk_error, tuple(arguments))
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_opcheck_quantised(seed: int | None) -> None:
+    y = random((4, 3), torch.float32)
+    arguments = (y, mixed(3, y), scalar(0.1, "cpu"), B[:3], E[:3], RTOL, ATOL, ROUNDOFF)
+    outputs = (1, torch.zeros_like(y), None, None, *fp8_blocks.quantise(y), seed)
+    torch.library.opcheck(ops.rk_error, (*arguments, *outputs), test_utils=OPCHECKS_IN_8_BITS)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_into_one_graph(dynamic: bool) -> None:
     torch.compiler.reset()
@@ -265,8 +292,9 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
     def step(y: Tensor, k: Tensor, h: Tensor) -> list[Tensor]:
         y_next, checkpoint, compensation = torch.empty_like(y), k.clone(), torch.zeros_like(y)
         arguments = (y, [k, k + 1], h, [0.5, 0.25], [0.1, -0.2], RTOL, ATOL, ROUNDOFF)
-        sums = ops.rk_error(*arguments, 1, y_next, checkpoint, compensation)
-        return [sums.sqrt(), y_next + 1, checkpoint, compensation]
+        codes, scales = fp8_blocks.empty_like(y)
+        sums = ops.rk_error(*arguments, 1, y_next, checkpoint, compensation, codes, scales, 5)
+        return [sums.sqrt(), y_next + 1, checkpoint, compensation, codes, scales * 2]
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     arguments = (random((12,), torch.float32), random((12,), torch.float16), scalar(0.1, "cpu"))
@@ -308,3 +336,30 @@ def test_errors_name_argument_found_and_expected(change: dict, message: str) -> 
     with pytest.raises(RuntimeError) as error:
         ops.rk_error(**(valid | change))
     assert str(error.value).startswith("rampde::rk_error: " + message)
+
+
+CODES, SCALES = torch.zeros(4, 2).to(torch.float8_e4m3fn), torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "block_scales", "rows", "message"),
+    [
+        (CODES, SCALES, 4, "rows is 4, expected 1 where quantised is given"),
+        (CODES, None, 1, "block_scales is None, expected the scales of quantised"),
+        (None, SCALES, 1, "quantised is None, expected a .*float8_e4m3fn tensor"),
+        (CODES.float(), SCALES, 1, "quantised has dtype .*float32, expected .*float8_e4m3fn"),
+        (CODES, torch.zeros(2), 1, r"block_scales .*shape .2.*, expected .*1.*, one for each 128 elements"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_errors_of_quantised_outputs(
+    backend: Backend, quantised: Tensor | None, block_scales: Tensor | None, rows: int, message: str
+) -> None:
+    y, h = torch.ones(4, 2, device=backend.device), scalar(0.1, backend.device)
+    y_next = torch.zeros_like(y)
+    quantised, block_scales = (None if x is None else x.to(backend.device) for x in (quantised, block_scales))
+    arguments = (y, [y], h, [1.0], [0.5], RTOL, ATOL, ROUNDOFF, rows, y_next)
+    with pytest.raises((RuntimeError, ValueError), match="rk_error: " + message):
+        backend.rk_error(*arguments, quantised=quantised, block_scales=block_scales)
+    # nothing was written
+    assert not y_next.any()

@@ -2,12 +2,24 @@
 
 import pytest
 import torch
-from operands import DTYPES, LAYOUTS, SHAPES, Backend, assert_deterministic, mixed, random, same_bits, scalar
+from operands import (
+    DTYPES,
+    LAYOUTS,
+    OPCHECKS_IN_8_BITS,
+    SHAPES,
+    Backend,
+    assert_deterministic,
+    mixed,
+    random,
+    same_bits,
+    scalar,
+)
 from tolerance import assert_within_budget
 from torch import Tensor
 
-from rampde import eager, ops
+from rampde import eager, fp8_blocks, ops
 
+SEEDS = (None, 0, -1, 2**40 + 3)
 WEIGHTS = [1 / 6, 1 / 3, -0.7, 0.2, 1.5, -0.4, 0.9, 0.05] * 2
 
 
@@ -146,14 +158,84 @@ def test_cpu_agrees_with_the_oracle_to_the_last_bit(state: torch.dtype, compensa
     assert same_bits(*outcomes)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (127,), (128,), (129,), (1000,), (1025,), (40_001,)], ids=str)
+def test_quantised_sizes(backend: Backend, shape: tuple[int, ...], seed: int | None) -> None:
+    y = random(shape, torch.float32, backend.device)
+    k, b, h = mixed(4, y), WEIGHTS[:4], scalar(0.1, backend.device)
+    y_next, (codes, scales) = torch.empty_like(y), fp8_blocks.empty_like(y)
+    backend.rk_update(y, k, h, b, y_next, quantised=codes, block_scales=scales, seed=seed)
+    assert same_bits([codes, scales], fp8_blocks.quantise(y_next, seed))
+    plain = torch.empty_like(y)
+    backend.rk_update(y, k, h, b, plain)
+    assert same_bits([y_next], [plain])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("state", DTYPES)
+def test_quantised_is_what_no_other_output_has_rounded(
+    backend: Backend, state: torch.dtype, compensated: bool, seed: int | None
+) -> None:
+    y, h = random((1001,), state, backend.device), scalar(0.1, backend.device)
+    k, accumulation = mixed(5, y), eager.accumulation_dtype(state)
+    lost = random((1001,), accumulation, backend.device) * 1e-4
+    outcomes = []
+    for dtype in (accumulation, state):
+        y_next, checkpoint = torch.empty_like(y, dtype=dtype), torch.empty_like(y, dtype=torch.float16)
+        compensation, (codes, scales) = lost.clone() if compensated else None, fp8_blocks.empty_like(y)
+        backend.rk_update(y, k, h, WEIGHTS[:5], y_next, checkpoint, compensation, None, 0, codes, scales, seed)
+        outcomes.append([codes, scales, checkpoint, *([compensation] if compensation is not None else [])])
+        if dtype == accumulation:
+            assert same_bits([codes, scales], fp8_blocks.quantise(y_next, seed))
+    assert same_bits(*outcomes)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantised_layouts(backend: Backend, layout: str, seed: int | None) -> None:
+    """Codes as the state in memory, codes and scales at any offset."""
+    y = random(LAYOUTS[layout], torch.float32, backend.device, layout)
+    k, b, h = mixed(3, y), WEIGHTS[:3], scalar(0.1, backend.device)
+    expected, y_next = fp8_blocks.empty_like(y), torch.empty_like(y)
+    backend.rk_update(y, k, h, b, y_next, quantised=expected[0], block_scales=expected[1], seed=seed)
+    assert same_bits(expected, fp8_blocks.quantise(y_next, seed))
+    moved = [torch.empty(x.numel() + 3, dtype=x.dtype, device=x.device) for x in expected]
+    codes = moved[0][3:].as_strided(y.shape, y.stride())
+    backend.rk_update(y, k, h, b, y_next, quantised=codes, block_scales=moved[1][3:], seed=seed)
+    assert same_bits([codes, moved[1][3:]], expected)
+    untouched = moved[0][:3].float(), moved[1][:3]
+    assert all(bool(x.isnan().all()) for x in untouched)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("state", [torch.float32, torch.float64])
+def test_quantised_special_values(backend: Backend, state: torch.dtype, seed: int | None) -> None:
+    """Zeros, what is not finite, the smallest and largest numbers, halves of a quantum, any bits at all."""
+    block = fp8_blocks.BLOCK
+    normal = torch.randn(block, dtype=torch.float64).clamp(-3, 3)
+    bits = torch.randint(-(2**31), 2**31, (100 * block,)).to(torch.int32).view(torch.float32)
+    special = [normal * 0.0, normal * 2.0**-140, normal * 2.0**-120, normal * 2.0**126, bits.double()]
+    special += [torch.full((block,), value, dtype=torch.float64) for value in (torch.nan, torch.inf, -torch.inf)]
+    for value in (torch.nan, torch.inf, -torch.inf, 1e300):
+        special.append(torch.where(torch.rand(block) < 0.5, normal, value))
+    special.append((torch.arange(2 * block) + 0.5) / 2**9)
+    special.append(448 * torch.arange(3, dtype=torch.float64))
+    y = torch.cat([torch.zeros(0, dtype=torch.float64), *special]).to(device=backend.device, dtype=state)
+    codes, scales = fp8_blocks.empty_like(y)
+    h = scalar(0.1, backend.device)
+    backend.rk_update(y, [], h, [], torch.empty_like(y), quantised=codes, block_scales=scales, seed=seed)
+    assert same_bits([codes, scales], fp8_blocks.quantise(y, seed))
+
+
 def test_deterministic(backend: Backend) -> None:
     y, h = random((100_003,), torch.float32, backend.device), scalar(0.1, backend.device)
     k = mixed(4, y)
 
     def call() -> list[Tensor]:
-        y_next, compensation = torch.empty_like(y), torch.zeros_like(y)
-        backend.rk_update(y, k, h, WEIGHTS[:4], y_next, None, compensation)
-        return [y_next, compensation]
+        y_next, compensation, quantised = torch.empty_like(y), torch.zeros_like(y), fp8_blocks.empty_like(y)
+        backend.rk_update(y, k, h, WEIGHTS[:4], y_next, None, compensation, None, 0, *quantised, 5)
+        return [y_next, compensation, *quantised]
 
     assert_deterministic(call)
 
@@ -167,14 +249,24 @@ def test_opcheck(complete: bool) -> None:
     torch.library.opcheck(ops.rk_update, tuple(arguments))
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_opcheck_quantised(seed: int | None) -> None:
+    y = random(LAYOUTS["channels_last"], torch.float32, layout="channels_last")
+    outputs = torch.zeros_like(y), None, torch.zeros_like(y), None, 0, *fp8_blocks.quantise(y), seed
+    arguments = (y, mixed(3, y), scalar(0.1, "cpu"), WEIGHTS[:3], *outputs)
+    torch.library.opcheck(ops.rk_update, arguments, test_utils=OPCHECKS_IN_8_BITS)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_into_one_graph(dynamic: bool) -> None:
     torch.compiler.reset()
 
     def step(y: Tensor, k: Tensor, h: Tensor) -> list[Tensor]:
         y_next, checkpoint, compensation = torch.empty_like(y), k.clone(), torch.zeros_like(y)
-        ops.rk_update(y, [k, k + 1], h, [0.5, 0.25], y_next, checkpoint, compensation)
-        return [y_next + 1, checkpoint, compensation]
+        codes, scales = fp8_blocks.empty_like(y)
+        arguments = (y, [k, k + 1], h, [0.5, 0.25], y_next, checkpoint, compensation, None, 0)
+        ops.rk_update(*arguments, codes, scales, 5)
+        return [y_next + 1, checkpoint, compensation, codes, scales * 2]
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     arguments = (random((12,), torch.float32), random((12,), torch.float16), scalar(0.1, "cpu"))
@@ -184,6 +276,8 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
 def test_meta_tensors() -> None:
     y, h = torch.empty(4, 3, device="meta"), torch.empty((), device="meta")
     assert ops.rk_update(y, [y], h, [1.0], torch.empty_like(y), torch.empty_like(y).half()) is None
+    codes, scales = fp8_blocks.empty_like(y)
+    assert ops.rk_update(y, [y], h, [1.0], torch.empty_like(y), quantised=codes, block_scales=scales, seed=1) is None
 
 
 @pytest.mark.usefixtures("compiled")
@@ -207,3 +301,35 @@ def test_errors_name_argument_found_and_expected(change: dict, message: str) -> 
     with pytest.raises(RuntimeError) as error:
         ops.rk_update(**(valid | change))
     assert str(error.value).startswith("rampde::rk_update: " + message)
+
+
+CODES, SCALES = torch.zeros(4, 2).to(torch.float8_e4m3fn), torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "block_scales", "message"),
+    [
+        (CODES, None, "block_scales is None, expected the scales of quantised"),
+        (None, SCALES, "quantised is None, expected a .*float8_e4m3fn tensor"),
+        (torch.zeros(4, 2), SCALES, "quantised has dtype .*float32, expected .*float8_e4m3fn"),
+        (CODES[:3], SCALES, r"quantised has shape .3, 2.*, expected .*y, .4, 2."),
+        (CODES.view(2, 4).t(), SCALES, "quantised .*expected .*(layout of y|same strides)"),
+        (torch.zeros(4, 4).to(CODES.dtype)[:, ::2], SCALES, "quantised .*expected a dense tensor"),
+        (CODES, SCALES.double(), "block_scales .*float64.*, expected .*float32"),
+        (CODES, torch.zeros(2), r"block_scales .*shape .2.*, expected .*1.*, one for each 128 elements"),
+        (CODES, torch.zeros(()), r"block_scales .*shape .*, expected .*1.*, one for each 128 elements"),
+        (torch.zeros(40, 8).to(CODES.dtype), torch.zeros(6)[::2], "block_scales .*expected it contiguous"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_errors_of_quantised_outputs(
+    backend: Backend, quantised: Tensor | None, block_scales: Tensor | None, message: str
+) -> None:
+    large = quantised is not None and quantised.numel() > 300
+    y = torch.ones((40, 8) if large else (4, 2), device=backend.device)
+    y_next, h = torch.zeros_like(y), scalar(0.1, backend.device)
+    quantised, block_scales = (None if x is None else x.to(backend.device) for x in (quantised, block_scales))
+    with pytest.raises((RuntimeError, ValueError), match="rk_update: " + message):
+        backend.rk_update(y, [y], h, [1.0], y_next, quantised=quantised, block_scales=block_scales)
+    # nothing was written
+    assert not y_next.any()

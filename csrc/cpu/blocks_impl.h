@@ -14,6 +14,10 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+// e4m3: the exponent is biased by 7, and there is one NaN in place of infinities
+struct Float8 {
+  uint8_t bits;
+};
 
 template <class To, class From>
 inline To bits_as(From value) {
@@ -38,6 +42,16 @@ inline float widen(Half x) {
   const uint32_t normal = (static_cast<uint32_t>(magnitude) << 13) + (bias << 23);
   const uint32_t bits = select(magnitude < 0x0400, bits_as<uint32_t>(subnormal), normal);
   return bits_as<float>(bits | (uint32_t{x.bits} & 0x8000) << 16);
+}
+
+inline float widen(Float8 x) {
+  const int32_t magnitude = x.bits & 0x7f;
+  // subnormals are integers times 2^-9
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
+  const uint32_t normal = (static_cast<uint32_t>(magnitude) << 20) + ((127 - 7) << 23);
+  uint32_t bits = select(magnitude < 0x08, bits_as<uint32_t>(subnormal), normal);
+  bits = select(magnitude == 0x7f, 0x7fc00000, bits);
+  return bits_as<float>(bits | (uint32_t{x.bits} & 0x80) << 24);
 }
 
 inline void narrow(float& to, float x) { to = x; }
@@ -245,6 +259,109 @@ void sum_rows(double* sums, double* x, int64_t rows, int64_t length) {
   }
 }
 
+void add_quantised(float* sums, const void* source, const float* scales, int64_t count) {
+  const Float8* codes = static_cast<const Float8*>(source);
+  for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
+    const int64_t length = count - begin < kScaleBlock ? count - begin : kScaleBlock;
+    add_scaled<float, Float8>(sums + begin, codes + begin, scales[begin / kScaleBlock], length);
+  }
+}
+
+// the finaliser of MurmurHash3: each bit depends on all
+inline uint32_t scrambled(uint32_t word) {
+  word = (word ^ word >> 16) * 0x85ebca6b;
+  word = (word ^ word >> 13) * 0xc2b2ae35;
+  return word ^ word >> 16;
+}
+
+inline uint32_t low(int64_t x) { return static_cast<uint32_t>(x); }
+inline uint32_t high(int64_t x) { return static_cast<uint32_t>(x >> 32); }
+
+// How many quanta an element is, a whole number: of the binade whose first bits are `binade`, where
+// there are eight, or up to sixteen where they reach the next one.
+struct ToNearest {
+  uint32_t operator()(float x, uint32_t binade, int64_t) const {
+    // the last place of a sum of this size is a quantum: the addition rounds
+    const uint32_t large = binade + (20 << 23);
+    return bits_as<uint32_t>(x + bits_as<float>(large)) - large;
+  }
+};
+struct AtRandom {
+  // an element's word is its offset's, whose upper half does not change within a block
+  AtRandom(int64_t seed, int64_t begin)
+      : first(low(begin) + high(begin) * 0x9e3779b1 +
+              scrambled(low(seed) ^ scrambled(high(seed)))) {}
+  uint32_t operator()(float x, uint32_t binade, int64_t i) const {
+    const float per_quantum = bits_as<float>(((127 + 3) << 23) - (binade - (127 << 23)));
+    const int32_t random = static_cast<int32_t>(scrambled(first + low(i)) >> 12);
+    return static_cast<uint32_t>(static_cast<int32_t>(x * per_quantum + random * 0x1p-20f));
+  }
+
+  uint32_t first;
+};
+
+inline uint32_t magnitude_bits(float x) { return bits_as<uint32_t>(x) & 0x7fffffff; }
+inline bool is_finite(float x) { return magnitude_bits(x) < 0x7f800000; }
+
+// The bits of max |x[i]|: all of them are finite, or the others do not count.
+template <bool all_finite>
+uint32_t largest_bits(const float* __restrict x, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t magnitude = magnitude_bits(x[i]);
+    if constexpr (!all_finite) magnitude = select(is_finite(x[i]), magnitude, 0);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+template <bool all_finite, class Rounding>
+void encode(const Rounding& rounding, Float8* __restrict codes, const float* __restrict x,
+            float inverse_scale, int64_t begin, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t magnitude = magnitude_bits(x[i]);
+    if constexpr (!all_finite) magnitude = select(is_finite(x[i]), magnitude, 0);
+    const float scaled = bits_as<float>(magnitude) * inverse_scale;
+    // below 2^-6 quanta are as large as there
+    const uint32_t floored = bits_as<uint32_t>(scaled) & 0x7f800000;
+    const uint32_t binade = floored > (127 - 6) << 23 ? floored : (127 - 6) << 23;
+    // the first code of a binade has eight quanta
+    const uint32_t code = (binade >> 20) - ((127 - 6) << 3) + rounding(scaled, binade, begin + i);
+    uint32_t bits = code | (bits_as<uint32_t>(x[i]) >> 24 & 0x80);
+    if constexpr (!all_finite) bits = select(is_finite(x[i]), bits, 0x7f);
+    codes[i].bits = static_cast<uint8_t>(bits);
+  }
+}
+
+template <class Rounding>
+void quantise_with(const Rounding& rounding, void* target, float* scales, const float* values,
+                   int64_t count) {
+  for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
+    const int64_t length = count - begin < kScaleBlock ? count - begin : kScaleBlock;
+    const float* x = values + begin;
+    Float8* codes = static_cast<Float8*>(target) + begin;
+    uint32_t largest = largest_bits<true>(x, length);
+    const bool all_finite = largest < 0x7f800000;
+    if (!all_finite) largest = largest_bits<false>(x, length);
+    // the largest code is 1.75 * 2^8: a mantissa above 1.75 carries into the exponent
+    const uint32_t carried = (largest + 0x1fffff) >> 23;
+    const uint32_t exponent = largest == 0 ? 127 : carried > 9 ? carried - 8 : 1;
+    scales[begin / kScaleBlock] = bits_as<float>(exponent << 23);
+    const float inverse_scale = bits_as<float>((254 - exponent) << 23);
+    const auto encode_block = all_finite ? encode<true, Rounding> : encode<false, Rounding>;
+    encode_block(rounding, codes, x, inverse_scale, begin, length);
+  }
+}
+
+void quantise(void* codes, float* scales, const float* x, int64_t count) {
+  quantise_with(ToNearest{}, codes, scales, x, count);
+}
+
+void quantise_randomly(void* codes, float* scales, const float* x, int64_t seed, int64_t begin,
+                       int64_t count) {
+  quantise_with(AtRandom(seed, begin), codes, scales, x, count);
+}
+
 template <class Bits>
 uint64_t largest(const void* source, int64_t count) {
   const Bits* x = static_cast<const Bits*>(source);
@@ -275,7 +392,10 @@ constexpr Kernels all_kernels() {
   return {sum_kernels<float>(),
           sum_kernels<double>(),
           {largest<uint64_t>, largest<uint32_t>, largest<uint16_t>, largest<uint16_t>},
-          sum_rows};
+          sum_rows,
+          add_quantised,
+          quantise,
+          quantise_randomly};
 }
 
 }  // namespace

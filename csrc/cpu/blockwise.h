@@ -85,14 +85,21 @@ void add_terms(Accumulator* sums, const Terms& terms, double factor, int64_t beg
   }
 }
 
+// `total = factor * sum_j coefficient_j * term_j`
+template <class Accumulator>
+void sum_terms(Accumulator* total, const Terms& terms, double factor, int64_t begin,
+               int64_t count) {
+  // minus zero is what added to anything leaves it as it is
+  std::fill_n(total, count, Accumulator{-0.0});
+  add_terms(total, terms, factor, begin, count);
+}
+
 // `total = base + factor * sum_j coefficient_j * term_j`, the terms summed first: what is
 // accumulated from step to step is rounded once in a step
 template <class Accumulator>
 void advance(Accumulator* total, const Operand& base, const Terms& terms, double factor,
              int64_t begin, int64_t count) {
-  // minus zero is what added to anything leaves it as it is
-  std::fill_n(total, count, Accumulator{-0.0});
-  add_terms(total, terms, factor, begin, count);
+  sum_terms(total, terms, factor, begin, count);
   add_scaled(total, base, 1.0, begin, count);
 }
 

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "../boxing.h"
-#include "blockwise.h"
+#include "fp8.h"
 
 namespace rampde::cpu {
 namespace {
@@ -68,8 +68,9 @@ void check_rows(const char* op, int64_t rows, const Tensor& y) {
 Tensor rk_error(const Tensor& y, const TensorList& k, const Tensor& h, const std::vector<double>& b,
                 const std::vector<double>& e, const double& rtol, const double& atol,
                 const double& roundoff, const int64_t& rows, const std::optional<Tensor>& y_next,
-                const std::optional<Tensor>& checkpoint,
-                const std::optional<Tensor>& compensation) {
+                const std::optional<Tensor>& checkpoint, const std::optional<Tensor>& compensation,
+                const std::optional<Tensor>& quantised, const std::optional<Tensor>& block_scales,
+                const std::optional<int64_t>& seed) {
   constexpr const char* op = "rk_error";
   const DType state_dtype = check_state({op, "y"}, y);
   check_rows(op, rows, y);
@@ -91,6 +92,10 @@ Tensor rk_error(const Tensor& y, const TensorList& k, const Tensor& h, const std
   if (y_next) next = write_operand({op, "y_next"}, *y_next, "y", y);
   if (checkpoint) saved = write_operand({op, "checkpoint"}, *checkpoint, "y", y);
   if (compensation) lost = write_operand({op, "compensation"}, *compensation, "y", y);
+  const std::optional<QuantisedOutput> codes =
+      write_quantised({op, "quantised"}, quantised, block_scales, "y", y);
+  check(!codes || rows == 1, "rampde::", op, ": rows is ", rows,
+        ", expected 1 where quantised is given");
 
   Tensor result = y.empty_matrix(rows, 2, aoti_torch_dtype_float64());
   auto* const sums = static_cast<double*>(result.mutable_data());
@@ -111,6 +116,7 @@ Tensor rk_error(const Tensor& y, const TensorList& k, const Tensor& h, const std
       // last, since y and the velocities may be the output itself
       if (next) store(*next, total, begin, count);
       if (saved) store(*saved, total, begin, count);
+      if (codes) store(*codes, seed, total, begin, count);
       const int64_t lines = std::max<int64_t>(1, count / length);
       errors.sum(&partial[2 * piece * pieces.rows_each], lines, count / lines);
     });

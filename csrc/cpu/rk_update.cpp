@@ -1,7 +1,7 @@
 // End of a Runge-Kutta step, meaning as in rampde.eager.rk_update.
 
 #include "../boxing.h"
-#include "blockwise.h"
+#include "fp8.h"
 
 namespace rampde::cpu {
 namespace {
@@ -9,7 +9,9 @@ namespace {
 void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std::vector<double>& b,
                const Tensor& y_next, const std::optional<Tensor>& checkpoint,
                const std::optional<Tensor>& compensation,
-               const std::optional<Tensor>& overflow_step, const int64_t& step) {
+               const std::optional<Tensor>& overflow_step, const int64_t& step,
+               const std::optional<Tensor>& quantised, const std::optional<Tensor>& block_scales,
+               const std::optional<int64_t>& seed) {
   constexpr const char* op = "rk_update";
   const DType state_dtype = check_state({op, "y"}, y);
   Terms terms;
@@ -20,6 +22,8 @@ void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std:
   std::optional<Output> saved, error;
   if (checkpoint) saved = write_operand({op, "checkpoint"}, *checkpoint, "y", y);
   if (compensation) error = write_operand({op, "compensation"}, *compensation, "y", y);
+  const std::optional<QuantisedOutput> codes =
+      write_quantised({op, "quantised"}, quantised, block_scales, "y", y);
   if (overflow_step) {
     const Argument argument{op, "overflow_step"};
     check(overflow_step->dim() == 0, argument, " has shape ", Shape{*overflow_step},
@@ -36,6 +40,7 @@ void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std:
       cpu::step(sums, base, terms, step_size, error, begin, count);
       store(next, sums, begin, count);
       if (saved) store(*saved, sums, begin, count);
+      if (codes) store(*codes, seed, sums, begin, count);
       if (overflow_step && !all_finite(at(checked, begin), checked.dtype, count)) {
         finite.store(false, std::memory_order_relaxed);
       }

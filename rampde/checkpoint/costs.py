@@ -49,6 +49,8 @@ class Sizes:
         rounded: bytes of a state as f sees it.
         state: bytes of a state in full precision, with what a compensated sum carries along.
         elements: number of elements of a state.
+        stages_inside: how many stages are swept of a step in which an output lies, where an interpolant gives it.
+        steps_inside: how many such steps there are.
     """
 
     steps: int
@@ -57,6 +59,8 @@ class Sizes:
     rounded: int
     state: int
     elements: int
+    stages_inside: int = 0
+    steps_inside: int = 0
 
     def kept(self, policy: Checkpoint) -> int:
         """Bytes on the device from the road out to the road back."""
@@ -82,7 +86,8 @@ class Sizes:
 
     def evaluations(self, policy: Checkpoint) -> Evaluations:
         """Evaluations of f on both roads."""
-        all_stages = self.steps * self.stages
+        further = self.steps_inside * (self.stages_inside - self.stages)
+        all_stages = self.steps * self.stages + further
         if policy.stages in ("none", "tape"):
             return Evaluations(0, all_stages, all_stages)
         inner = policy.policy if isinstance(policy, Offload) else policy
@@ -90,7 +95,7 @@ class Sizes:
         if isinstance(inner, Binomial):
             plain += recomputed_steps(self.steps, inner.states) * self.stages
         if inner.stages == "lean":
-            plain += self.steps * (self.stages - 1)
+            plain += all_stages - self.steps
         return Evaluations(plain, all_stages, all_stages)
 
     def policies(self, budget: int) -> Iterator[Checkpoint]:

@@ -21,6 +21,7 @@ class EveryStep(StoredSteps, Checkpoints):
         super().__init__(problem.checkpoint)
         self.problem = problem
         self.quantiser = problem.checkpoint.quantiser
+        self.one_at_a_time = problem.checkpoint.stages == "lean"
         self._random: list[tuple[RandomState, ...]] = []
 
     def store(self, start: StepStart, stages: list[Stage] | None) -> None:
@@ -35,6 +36,7 @@ class EveryStage(StoredSteps, Checkpoints):
     """The rounded inputs of all stages: where f was evaluated."""
 
     needs_stages = True
+    one_at_a_time = True
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.checkpoint)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rampde.checkpoint.every_step import EveryStep
 from rampde.checkpoint.keeper import Checkpoints, StepStart
-from rampde.checkpoint.recomputed import StageList, Stages
+from rampde.checkpoint.recomputed import StageList, Stages, for_products
 from rampde.problem import Problem, Stage
 
 
@@ -20,12 +20,13 @@ class KeptGraphs(Checkpoints):
     needs_graph = True
     needs_stages = True
 
-    def __init__(self) -> None:
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
         self._steps: list[list[Stage]] = []
 
     def store(self, start: StepStart, stages: list[Stage] | None) -> None:
         assert stages is not None
-        self._steps.append(stages)
+        self._steps.append([for_products(self._problem, stage) for stage in stages])
 
     def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> Stages:
         return StageList(self._steps[step])
@@ -44,7 +45,7 @@ class GraphsWhileTheyFit(Checkpoints):
     needs_stages = True
 
     def __init__(self, problem: Problem, budget: int, bytes_of_stage: int) -> None:
-        self._graphs, self._states = KeptGraphs(), EveryStep(problem)
+        self._graphs, self._states = KeptGraphs(problem), EveryStep(problem)
         self._budget, self._bytes_of_stage = budget, max(bytes_of_stage, 1)
         self._with_graph = 0
         self.needs_graph = True

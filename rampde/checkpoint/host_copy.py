@@ -145,7 +145,9 @@ class HostMemory:
                     self._out[tensor.device] = deque()
                 return PinnedCopy(tensor, self._out[tensor.device], self._streams[tensor.device])
         if tensor.device.type != "cpu":
-            raise TypeError(f"a tensor on {tensor.device} cannot be offloaded, expected one on the CPU or a CUDA device")
+            raise TypeError(
+                f"a tensor on {tensor.device} cannot be offloaded, expected one on the CPU or a CUDA device"
+            )
         return MappedCopy(tensor, *self._place(tensor.numel() * tensor.element_size()))
 
     def _place(self, size: int) -> tuple[mmap.mmap, int]:

@@ -16,7 +16,7 @@ def new_checkpoints(problem: Problem) -> Checkpoints:
     if isinstance(policy, NoneWhileItFits):
         return GraphsWhileTheyFit(problem, policy.budget, policy.bytes_of_stage)
     if policy.stages == "none":
-        return KeptGraphs()
+        return KeptGraphs(problem)
     if policy.stages == "stage":
         return EveryStage(problem)
     return EveryStep(problem) if policy.keeps_every_step else SomeSteps(problem)

@@ -41,7 +41,9 @@ class Offload(Checkpoint):
         """
         inner = read_checkpoint(policy)
         if inner.is_tape or isinstance(inner, Offload) or inner.name == "auto":
-            raise ValueError(f"policy is {inner.name}, which cannot be offloaded; expected a policy that keeps something")
+            raise ValueError(
+                f"policy is {inner.name}, which cannot be offloaded; expected a policy that keeps something"
+            )
         if folder is not None and not isinstance(folder, str):
             raise TypeError(f"folder is {folder!r}, expected a path or None")
         super().__init__(inner.stages)

@@ -10,6 +10,7 @@ from torch import Tensor
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.stages import evaluate_stages, evaluate_tensor_stages, stage_input
+from rampde.velocity import root
 
 
 class Stages(Protocol):
@@ -17,6 +18,13 @@ class Stages(Protocol):
 
     def take(self, i: int) -> Stage:
         """Stage ``i`` with its graph, which nothing else holds then."""
+
+
+def for_products(problem: Problem, stage: Stage) -> Stage:
+    """The stage as the sweep needs it: the values of the velocity only where times have a gradient."""
+    if problem.time_needs_grad:
+        return stage
+    return Stage(stage.time, stage.x, [root(value) for value in stage.k])
 
 
 class StageList:
@@ -56,7 +64,7 @@ class SingleStages:
         time = self._times[i]
         if problem.time_needs_grad:
             time = time.detach().requires_grad_()
-        return Stage(time, x, problem.velocity.evaluate_with_graph(time, x))
+        return for_products(problem, Stage(time, x, problem.velocity.evaluate_with_graph(time, x)))
 
 
 def stages_of_step(
@@ -79,7 +87,7 @@ def stages_of_step(
         evaluate_tensor_stages(problem, y[0], x[0], h, times, first, stages, with_graph=True)
     else:
         evaluate_stages(problem, y, x, h, times, first, stages, with_graph=True)
-    return StageList(stages)
+    return StageList([for_products(problem, stage) for stage in stages])
 
 
 def first_stage(

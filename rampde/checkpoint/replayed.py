@@ -26,6 +26,7 @@ class SomeSteps(Checkpoints):
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.policy = problem, problem.checkpoint
+        self.one_at_a_time = self.policy.stages == "lean"
         self._kept: dict[int, list[Any]] = {}
         self._random: list[tuple[RandomState, ...]] = []
         self._count = 0
@@ -73,7 +74,9 @@ class SomeSteps(Checkpoints):
         if at in self._kept and earlier:
             for stored in self._kept[max(earlier)]:
                 self.policy.prefetch(stored)
-        return stages_of_step(self.problem, state.x, self._random[step], h, times)
+        x = state.x
+        del state  # in full precision it is not needed while the graphs are made
+        return stages_of_step(self.problem, x, self._random[step], h, times)
 
     def release(self, step: int) -> None:
         # the first state brings back every other one

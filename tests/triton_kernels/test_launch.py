@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+from rampde import fp8_blocks
 from rampde.kernels import rk_error, rk_stage, rk_update
 from rampde.kernels.launch import BLOCK, Launcher
 from rampde.kernels.rk_error import rk_error_kernel
@@ -106,6 +107,41 @@ def test_steps_and_sizes_share_one_compilation(driver: StandInDriver, monkeypatc
     assert len(driver.launches) == 15
 
 
+def test_seeds_and_rows_of_checkpoints_share_one_compilation(
+    driver: StandInDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y, h = torch.empty(4096), torch.tensor(0.1, dtype=torch.float64)
+    k = [torch.empty(4096, dtype=torch.float16)]
+    # the scales of a step lie at any multiple of 4 bytes
+    codes, scales = torch.empty(4, 4096, dtype=fp8_blocks.CODES), torch.empty(4, 33)[:, :32]
+    for step, seed in enumerate((0, 1, -1, 2**60)):
+        forget(monkeypatch)
+        quantised = codes[step], scales[step]
+        rk_update(y, k, h, [0.5], y, None, None, None, step, *quantised, seed)
+        rk_error(y, k, h, [0.5], [0.1], 1e-3, 1e-5, 0.0, 1, y, None, None, *quantised, seed)
+        rk_stage(quantised[0], k, h, [0.5], torch.float16, quantised[1])
+    assert [compilations(kernel) for kernel in KERNELS.values()] == [1, 1, 1]
+
+
+def test_outputs_in_8_bits_compile_anew(driver: StandInDriver) -> None:
+    y, h = torch.empty(300), torch.tensor(0.1, dtype=torch.float64)
+    outputs = {"quantised": torch.empty(300, dtype=fp8_blocks.CODES), "block_scales": torch.empty(3)}
+    for count, options in enumerate(({}, outputs, outputs | {"seed": 5}), 1):
+        for _ in range(2):
+            rk_update(y, [y], h, [0.5], y, **options)
+            rk_error(y, [y], h, [0.5], [0.1], 1e-3, 1e-5, 0.0, 1, y, **options)
+        assert [compilations(kernel) for kernel in (rk_update_kernel, rk_error_kernel)] == [count, count]
+    # a remembered launch gets the word of its own seed
+    rk_update(y, [y], h, [0.5], y, **outputs, seed=6)
+    assert fp8_blocks.seed_word(6) in [argument for argument in driver.launches[-1] if isinstance(argument, int)]
+    assert compilations(rk_update_kernel) == 3
+    for state, scales in ((y, None), (outputs["quantised"], outputs["block_scales"])):
+        before = compilations(rk_stage_kernel)
+        for _ in range(2):
+            rk_stage(state, [y], h, [0.5], torch.float16, scales)
+        assert compilations(rk_stage_kernel) == before + 1
+
+
 @pytest.mark.parametrize(
     ("shape", "rows", "programs", "compiled_in"),
     [
@@ -147,7 +183,7 @@ def test_a_remembered_launch_gets_the_same_arguments(driver: StandInDriver) -> N
     first, again = (describe(launch[:3] + launch[9:]) for launch in driver.launches)
     assert first == again
     assert first[:3] == [5, 1, 1]
-    assert first[-3:] == [[0.5, 0.25], tl.float32, BLOCK]
+    assert first[-4:] == [[0.5, 0.25], tl.float32, False, BLOCK]
 
 
 def test_other_dtypes_alignments_and_coefficients_compile_anew(driver: StandInDriver) -> None:

@@ -27,10 +27,15 @@ CAPABILITIES = (80, 90, 100)
 THREADS = 32 * OPTIONS["num_warps"]
 NUMBERS = ("rtol", "atol", "roundoff")
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+# of a state in 8 bits
+CODES = "u8"
 
 
 class Case(NamedTuple):
-    """The dtypes of one call; None for an absent operand. Neither ``update`` nor ``error``: a stage."""
+    """The dtypes of one call; None for an absent operand. Neither ``update`` nor ``error``: a stage.
+
+    ``quantised``: how an output in 8 bits is rounded, ``"nearest"`` or ``"random"``.
+    """
 
     y: str
     k: str
@@ -42,11 +47,14 @@ class Case(NamedTuple):
     overflow: bool = False
     error: bool = False
     length: int | None = None
+    quantised: str | None = None
 
     def __str__(self) -> str:
         kind = "update" if self.update else "error" if self.error else "stage"
         options = "" if kind == "stage" else f"-{self.checkpoint}-{self.compensation}-{self.overflow or self.length}"
-        return f"{kind}-{self.y}-{self.terms}{self.k}-{self.output}{options}"
+        return f"{kind}-{self.y}-{self.terms}{self.k}-{self.output}{options}" + f"-{self.quantised}" * bool(
+            self.quantised
+        )
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -54,7 +62,7 @@ class Case(NamedTuple):
 
     @property
     def loaded(self) -> list[str]:
-        return [dtype for dtype in (self.y, *[self.k] * self.terms, self.compensation) if dtype]
+        return [dtype for dtype in (self.y, *[self.k] * self.terms, self.compensation) if dtype and dtype != CODES]
 
     @property
     def stored(self) -> list[str]:
@@ -74,6 +82,13 @@ CASES = (
     Case("fp32", "fp16", 13, "fp32", error=True, checkpoint="fp16", compensation="fp32"),
     Case("fp32", "fp32", 4, "fp32", error=True),
     Case("fp64", "fp64", 7, "fp64", error=True),
+    Case("u8", "bf16", 3, "bf16"),
+    Case("u8", "fp32", 0, "fp32"),
+    Case("fp32", "bf16", 4, "fp32", update=True, overflow=True, quantised="nearest"),
+    Case("fp32", "fp16", 16, "fp32", update=True, compensation="fp32", overflow=True, quantised="random"),
+    Case("fp64", "fp64", 4, "fp64", update=True, checkpoint="fp64", compensation="fp64", quantised="random"),
+    Case("fp32", "bf16", 7, "fp32", error=True, quantised="random"),
+    Case("fp64", "fp64", 7, "fp64", error=True, quantised="nearest"),
     # short rows, and long ones, whose parts are aligned
     Case("fp32", "bf16", 7, "fp32", error=True, checkpoint="bf16", length=64),
     Case("fp32", "bf16", 7, "fp32", error=True, length=5000),
@@ -97,14 +112,21 @@ def compile_offline(case: Case, capability: int) -> Any:
             "next_ptr": case.output,
             "checkpoint_ptr": case.checkpoint,
             "compensation_ptr": case.compensation,
+            "codes_ptr": CODES if case.quantised else None,
         }
     if case.error:
         pointers["sums_ptr"] = "fp64"
     aligned = set(pointers)
-    pointers |= {"h_ptr": "fp64", "overflow_ptr": "i64" if case.overflow else None}
+    scaled = case.quantised or case.y == CODES
+    pointers |= {
+        "h_ptr": "fp64",
+        "overflow_ptr": "i64" if case.overflow else None,
+        "scales_ptr": "fp32" if scaled else None,
+    }
     constants = {
         "coefficients": case.coefficients,
         "accumulation": tl.float64 if case.y == "fp64" else tl.float32,
+        "stochastic": case.quantised == "random",
         "LENGTH": case.length,
         "WIDTH": min(BLOCK, case.length or BLOCK),
         "BLOCK": BLOCK,
@@ -156,11 +178,15 @@ def cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def widths(ptx: str, instruction: str) -> list[int]:
+    """Bytes that one thread moves by each of its accesses to more than one number."""
+    accesses = re.findall(rf"\b{instruction}\.global(?:\.\w+(?:::\w+)*)*?\.v(\d)\.b(\d+)", ptx)
+    return [int(count) * int(bits) // 8 for count, bits in accesses]
+
+
 def wide_bytes(ptx: str, instruction: str) -> int:
     """Bytes that one thread moves by accesses of 128 bits or more."""
-    accesses = re.findall(rf"\b{instruction}\.global(?:\.\w+(?:::\w+)*)*?\.v(\d)\.b(\d+)", ptx)
-    widths = [int(count) * int(bits) // 8 for count, bits in accesses]
-    return sum(width for width in widths if width >= 16)
+    return sum(width for width in widths(ptx, instruction) if width >= 16)
 
 
 def count(ptx: str, operation: str, dtype: str) -> int:
@@ -173,6 +199,9 @@ def test_full_blocks_move_128_bits_at_a_time(compiled: Compiled) -> None:
     elements = BLOCK // THREADS
     assert wide_bytes(compiled.ptx, "ld") == elements * sum(BYTES[dtype] for dtype in compiled.case.loaded)
     assert wide_bytes(compiled.ptx, "st") == elements * sum(BYTES[dtype] for dtype in compiled.case.stored)
+    # eight codes are all that a thread has
+    assert widths(compiled.ptx, "ld").count(elements) == (1 if compiled.case.y == CODES else 0)
+    assert widths(compiled.ptx, "st").count(elements) == (1 if compiled.case.quantised else 0)
 
 
 def test_nothing_spills(compiled: Compiled) -> None:
@@ -185,26 +214,30 @@ def test_nothing_spills(compiled: Compiled) -> None:
 def test_coefficients_are_exact_in_float64(compiled: Compiled) -> None:
     for coefficient in compiled.case.coefficients:
         assert f"0d{struct.pack('>d', coefficient).hex().upper()}" in compiled.ptx
-    if compiled.case.y == "fp64":
+    if compiled.case.y == "fp64" and not compiled.case.quantised:
         assert "f32" not in compiled.ptx
 
 
 def test_rounding_is_to_nearest_even(compiled: Compiled) -> None:
     for dtype in {"bf16", "fp16"} & set(compiled.case.stored):
         assert re.search(rf"cvt\.rn\.{dtype.replace('fp', 'f')}(x2)?\.f32", compiled.ptx)
-    assert not re.search(r"cvt\.r[zmp]", compiled.ptx)
+    # but for what was given a random number before
+    others = {"cvt.rzi.s32.f32"} if compiled.case.quantised == "random" else set()
+    assert set(re.findall(r"cvt\.r[zmp]\S*", compiled.ptx)) == others
 
 
 def test_sums_are_neither_contracted_nor_reassociated(compiled: Compiled) -> None:
     case = compiled.case
     accumulated = "f64" if case.y == "fp64" else "f32"
-    # one copy of the code for full blocks and one for the last; the increment is added to the state by one sum, or by
-    # the two-sum, which has two sums and four differences
+    # one copy of the code for full blocks and one for the last; without compensation the first term starts the sum of
+    # them, and one addition more reaches the state; the two-sum has two sums and four differences
     copies = (1 if case.length else 2) * BLOCK // THREADS
-    sums, differences = (2, 4) if case.compensation else (1, 0)
+    sums, differences = (2, 4) if case.compensation else (0, 0)
     # of the error: its sum, that of the squares, the tolerance; the difference that is zero or nan
     sums += case.terms * (3 if case.error else 1) + case.error
     differences += case.error
+    # rounding to 8 bits is one, in float32
+    sums += bool(case.quantised) and accumulated == "f32"
     assert count(compiled.ptx, "fma", accumulated) == 0
     assert count(compiled.ptx, "mul", accumulated) >= copies * case.terms
     assert count(compiled.ptx, "sub", accumulated) == copies * differences

@@ -12,7 +12,7 @@ import tolerance
 import torch
 from torch import Tensor
 
-from rampde import eager
+from rampde import eager, fp8_blocks
 from rampde.kernels import rk_error, rk_stage, rk_update
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -108,6 +108,17 @@ def test_float64_coefficients_keep_their_precision() -> None:
     k = [torch.ones(17, dtype=torch.float64)]
     assert torch.equal(rk_stage(y, k, step_size(1.0), [1 / 3], torch.float64), torch.full_like(y, 1 / 3))
     assert torch.equal(rk_stage(y, k, step_size(0.1), [1.0], torch.float64), torch.full_like(y, 0.1))
+
+
+def test_zero_keeps_its_sign() -> None:
+    y, k = torch.tensor([0.0, -0.0, 0.0, -0.0]), torch.tensor([0.0, 0.0, -0.0, -0.0])
+    for terms in ([], [k]):
+        h, a = step_size(1.0), [1.0] * len(terms)
+        found = [rk_stage(y, terms, h, a, torch.float32), torch.empty(4), torch.empty(4)]
+        rk_update(y, terms, h, a, found[1])
+        rk_error(y, terms, h, a, a, 1e-3, 1e-5, 0.0, 1, found[2])
+        for x in found:
+            assert x.signbit().tolist() == [False, not terms, False, True]
 
 
 @pytest.mark.parametrize("k_layout", LAYOUTS)
@@ -234,6 +245,109 @@ def test_overflow_is_that_of_the_stored_checkpoint() -> None:
         assert overflow.item() == (5 if overflows else 9)
 
 
+QUANTISED_SIZES = (1, 127, 128, 129, 1000, 1024, 1025, 4099)
+
+
+def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """NaN and the sign of zero included."""
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert mine.shape == theirs.shape
+        assert torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in (multiply|cast)")
+@pytest.mark.parametrize("seed", [None, 0, -1, 2**40 + 3])
+@pytest.mark.parametrize("y_dtype", DTYPES)
+@pytest.mark.parametrize("size", QUANTISED_SIZES)
+def test_quantised_outputs_are_the_oracles_to_the_bit(size: int, y_dtype: torch.dtype, seed: int | None) -> None:
+    # of all magnitudes
+    y = (torch.randn(size) * 10 ** (-6 * torch.rand(size))).to(y_dtype)
+    k, wide = [torch.randn(size).to(dtype) for dtype in DTYPES], torch.promote_types(y_dtype, torch.float32)
+    lost = 1e-4 * torch.randn(size, dtype=wide)
+    for compensation in (None, lost):
+        b = coefficients(len(k))
+        outcomes = []
+        for of_update, of_error in ((rk_update, rk_error), (eager.rk_update, eager.rk_error)):
+            for operator in (of_update, of_error):
+                y_next, quantised = torch.empty_like(y, dtype=wide), fp8_blocks.empty_like(y)
+                copy = None if compensation is None else compensation.clone()
+                if operator is of_update:
+                    operator(y, k, step_size(), b, y_next, None, copy, None, 0, *quantised, seed)
+                else:
+                    operator(y, k, step_size(), b, b, 1e-3, 1e-5, 0.0, 1, y_next, None, copy, *quantised, seed)
+                outcomes.append([y_next, *quantised])
+        for outcome in outcomes[1:]:
+            assert_same_bits(outcome, outcomes[0])
+        assert_same_bits(outcomes[0][1:], fp8_blocks.quantise(outcomes[0][0], seed))
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("y_dtype", [torch.float64, torch.float32])
+def test_quantised_special_values(y_dtype: torch.dtype, seed: int | None) -> None:
+    normal = torch.randn(128, dtype=torch.float64).clamp(-3, 3)
+    bits = torch.randint(-(2**31), 2**31, (50 * 128,)).to(torch.int32).view(torch.float32)
+    special = [normal * 0.0, normal * 2.0**-140, normal * 2.0**-120, normal * 2.0**126, bits.double()]
+    special += [torch.full((128,), value, dtype=torch.float64) for value in (torch.nan, torch.inf, -torch.inf)]
+    special += [torch.where(torch.rand(128) < 0.5, normal, value) for value in (torch.nan, -torch.inf, 1e300)]
+    special += [(torch.arange(256) + 0.5) / 2**9, 448 * torch.arange(3, dtype=torch.float64)]
+    y = torch.cat(special).to(y_dtype)
+    quantised = fp8_blocks.empty_like(y)
+    rk_update(y, [], step_size(), [], torch.empty_like(y), None, None, None, 0, *quantised, seed)
+    assert_same_bits(quantised, fp8_blocks.quantise(y, seed))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantised_layouts(layout: str) -> None:
+    y, k = LAYOUTS[layout](torch.randn(2, 3, 5, 7)), [torch.randn(2, 3, 5, 7, dtype=torch.float16)]
+    y_next, expected = torch.empty_like(y), fp8_blocks.empty_like(y)
+    rk_update(y, k, step_size(), [0.5], y_next, quantised=expected[0], block_scales=expected[1], seed=5)
+    assert_same_bits(expected, fp8_blocks.quantise(y_next, 5))
+    codes = torch.zeros(y.numel() + 1, dtype=torch.float8_e4m3fn)[1:].as_strided(y.shape, y.stride())
+    scales = torch.zeros(len(expected[1]) + 1)[1:]
+    rk_update(y, k, step_size(), [0.5], y_next, quantised=codes, block_scales=scales, seed=5)
+    assert_same_bits([codes, scales], expected)
+    for state in (codes, expected[0]):
+        stage = rk_stage(state, k, step_size(), [0.5], torch.float32, scales)
+        assert stage.stride() == y.stride()
+        assert_same_bits([stage], [eager.rk_stage(state, k, step_size(), [0.5], torch.float32, scales)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("size", QUANTISED_SIZES)
+def test_stage_of_a_state_in_8_bits(size: int, dtype: torch.dtype) -> None:
+    quantised = fp8_blocks.quantise(torch.randn(size))
+    k = [torch.randn(size).to(k_dtype) for k_dtype in DTYPES]
+    for count in (0, 1, 4):
+        arguments = (k[:count], step_size(), coefficients(count), dtype, quantised[1])
+        assert_same_bits([rk_stage(quantised[0], *arguments)], [eager.rk_stage(quantised[0], *arguments)])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")
+def test_every_code_and_scale() -> None:
+    codes = torch.arange(256).to(torch.uint8).repeat(247).view(torch.float8_e4m3fn)
+    scales = torch.ones(2 * 247).ldexp(torch.arange(-126, 121).repeat_interleave(2))
+    found = rk_stage(codes, [], step_size(), [], torch.float32, scales)
+    expected = fp8_blocks.dequantise(codes, scales, torch.float32)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert_same_bits([found.nan_to_num(0.0)], [expected.nan_to_num(0.0)])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_quantised_overflow_and_nothing() -> None:
+    y = torch.full((300,), 70000.0)
+    codes, scales = fp8_blocks.empty_like(y)
+    overflow, checkpoint = torch.tensor(9), torch.empty(300, dtype=torch.float16)
+    rk_update(y, [], step_size(), [], torch.empty_like(y), checkpoint, None, overflow, 5, codes, scales)
+    assert overflow.item() == 5
+    assert_same_bits([codes, scales], fp8_blocks.quantise(y))
+    y = torch.empty(0, 3)
+    codes, scales = fp8_blocks.empty_like(y)
+    rk_update(y, [], step_size(), [], torch.empty_like(y), quantised=codes, block_scales=scales)
+    assert rk_stage(codes, [y], step_size(), [1.0], torch.float16, scales).shape == (0, 3)
+
+
 def error_both(
     y: Tensor, k: Sequence[Tensor], rows: int = 1, atol: float = 1e-5, **outputs: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -336,6 +450,7 @@ def test_error_of_nothing() -> None:
 
 def test_errors_say_what_was_found_and_expected() -> None:
     y, h = torch.randn(4, 3), step_size()
+    codes, scales = fp8_blocks.quantise(y)
 
     def error(y: Tensor, k: list[Tensor], b: list[float], e: list[float], *others: object) -> Tensor:
         return rk_error(y, k, h, b, e, 1e-3, 1e-5, 0.0, *others)
@@ -367,6 +482,29 @@ def test_errors_say_what_was_found_and_expected() -> None:
         (r"rk_error: checkpoint has strides", lambda: error(y, [], [], [], 1, y, torch.empty(3, 4).T)),
         (r"rk_error: rows is 3, expected 1 or .* 4", lambda: error(y, [], [], [], 3)),
         (r"rk_error: y has strides .*contiguous", lambda: error(y.T, [], [], [], 3)),
+        (r"rk_stage: y has dtype torch.float8_e4m3fn, .* block_scales", lambda: rk_stage(codes, [], h, [], torch.half)),
+        (r"rk_stage: y has dtype torch.float32.*e4m3fn", lambda: rk_stage(y, [], h, [], torch.half, scales)),
+        (r"rk_stage: y has strides", lambda: rk_stage(codes[:, :2], [], h, [], torch.half, scales)),
+        (r"rk_stage: block_scales .*float16", lambda: rk_stage(codes, [], h, [], torch.half, scales.half())),
+        (r"rk_stage: block_scales .*\(1, 1\)", lambda: rk_stage(codes, [], h, [], torch.half, scales[None])),
+        (r"rk_stage: h is .*float16", lambda: rk_stage(codes, [], h.half(), [], torch.half, scales)),
+        (r"rk_update: y has dtype torch.float8_e4m3fn", lambda: rk_update(codes, [], h, [], y)),
+        (r"rk_update: block_scales is None", lambda: rk_update(y, [], h, [], y, quantised=codes)),
+        (r"rk_update: quantised is None", lambda: rk_update(y, [], h, [], y, block_scales=scales)),
+        (
+            r"rk_update: quantised has dtype torch.float32",
+            lambda: rk_update(y, [], h, [], y, quantised=y, block_scales=scales),
+        ),
+        (
+            r"rk_update: quantised has strides .*layout of y",
+            lambda: rk_update(y.T, [], h, [], y.T, quantised=codes.view(3, 4), block_scales=scales),
+        ),
+        (
+            r"rk_update: quantised has shape \(2, 3\)",
+            lambda: rk_update(y, [], h, [], y, quantised=codes[:2], block_scales=scales),
+        ),
+        (r"rk_error: rows is 4, expected 1", lambda: error(y, [], [], [], 4, y, None, None, codes, scales)),
+        (r"rk_error: block_scales is None", lambda: error(y, [], [], [], 1, y, None, None, codes)),
         (r"rk_update: overflow_step is .*float32", lambda: rk_update(y, [], h, [], y, None, None, y[0, 0])),
     ]
     for message, call in cases:
