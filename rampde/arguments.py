@@ -19,7 +19,7 @@ from rampde.events import EventSearch
 from rampde.families import EMBEDDED, Family, family_of
 from rampde.methods import DEFAULT, get_method
 from rampde.observer import Observer
-from rampde.options import AdaptiveOptions, EqualOptions, FixedOptions, named, warn_of_unknown
+from rampde.options import AdaptiveOptions, EqualOptions, FixedOptions, warn_of_unknown
 from rampde.problem import Problem
 from rampde.scaling import DynamicScaler, automatic_scaler
 from rampde.state import State, StateSpec

@@ -78,7 +78,7 @@ class Trial:
     ratio: float = 0.0
     noise: float = 0.0
     last: Stage | None = None
-    quantised: list[Quantised] | None = None  # x_next as the checkpoint policy has it
+    quantised: list[Quantised] | None = None  # the change of the state backwards, in eight bits
     random: tuple[RandomState, ...] = ()  # before the stages after the first, and before the last
 
 
@@ -145,9 +145,7 @@ class Arithmetic:
         """The state at the end of the step, and its error."""
         tableau, norm = self.tableau, self.norm
         if self.quantiser is not None:
-            trial.quantised = [
-                self.quantiser.empty_like(leaf, dtype) for leaf, dtype in zip(y, self.velocity.dtypes, strict=True)
-            ]
+            trial.quantised = [self.quantiser.empty_like(leaf) for leaf in y]
         if trial.compensation[0] is not None:
             # a step that is rejected must leave no trace
             trial.compensation = [c.clone() if c is not None else None for c in trial.compensation]

@@ -20,6 +20,6 @@ def unchanged(buffers: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):  # type: ignore[attr-defined]
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)

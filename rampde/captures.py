@@ -29,6 +29,9 @@ Edge = tuple[Any, int]  # an autograd node and the number of one of its outputs
 MAX_DEPTH = 4
 MAX_LENGTH = 1024
 
+# the node of torch.utils.checkpoint that takes gradients with respect to everything or nothing
+_REENTRANT = "CheckpointFunctionBackward"
+
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _INERT = (bool, int, float, str, bytes, type, types.ModuleType, types.BuiltinFunctionType, types.NoneType)
 
@@ -112,7 +115,9 @@ def record(
     shown = {id(tensor) for tensor in reachable}
     opaque = any(id(tensor) not in shown for tensor in used)
     unused, problem = _untangle(used, unused)
-    if untraced:
+    if _REENTRANT in untraced:
+        problem = "uses torch.utils.checkpoint with use_reentrant=True, which refuses the products of a sweep"
+    elif untraced:
         problem = f"uses the result of {untraced[0]}, computed outside of it, which could not be traced to a tensor"
     return k, Captures(used + unused, len(used), opaque, problem, constants, buffers)
 
@@ -251,7 +256,8 @@ def _sequence_number() -> int:
 
 
 def _walk(k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[int]) -> tuple[list[Tensor], list[str]]:
-    """Tensors at which the graph of ``k`` leaves f, and names of nodes outside that no tensor stands for."""
+    """Tensors at which the graph of ``k`` leaves f, and names of nodes that no product can be taken through: outside of
+    f without a tensor that stands for them, or reentrant checkpoints."""
     found: dict[int, Tensor] = {}
     untraced: list[str] = []
     visited: set[Any] = set()
@@ -275,6 +281,8 @@ def _walk(k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[i
         if node in visited:
             continue
         visited.add(node)
+        if node.name() == _REENTRANT:
+            untraced.append(node.name())
         if node._sequence_nr() < start and not recorder.numbers_mix and not _is_cached_cast(node):
             untraced.append(node.name())
             continue

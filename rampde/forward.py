@@ -102,7 +102,7 @@ def _integrate_leaves(
             for state, dtype, separate in zip(y_next, velocity.dtypes, rounded, strict=True)
         ]
         if quantiser is not None:
-            quantised = [quantiser.empty_like(leaf) for leaf in x]
+            quantised = [quantiser.empty_like(leaf) for leaf in y]
         for leaf, state in enumerate(y):
             k = velocities[leaf] if update.dense else update.pick(velocities[leaf])
             checkpoint = x[leaf] if rounded[leaf] else None

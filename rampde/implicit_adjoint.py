@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rampde.adjoint import Gradients, Sweep, TimeGradient
 from rampde.autocast import switched_off
-from rampde.checkpoint.keeper import Checkpoints, StepStart
+from rampde.checkpoint.keeper import Checkpoints
 from rampde.checkpoint.recomputed import StageList
 from rampde.checkpoint.stored import StoredSteps
 from rampde.implicit_tableau import Block
@@ -38,9 +38,6 @@ class StageStates(StoredSteps, Checkpoints):
         """Keeps the leaves ``x`` of all stage inputs of a step."""
         self.append(x)
         self.random.append(random)
-
-    def store(self, start: StepStart, stages: list[Stage] | None) -> None:
-        raise NotImplementedError("the stages of an implicit method are kept by keep")
 
     def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> StageList:
         """The stages of a step with their graphs, at every call anew."""

@@ -50,7 +50,7 @@ def metered(call: Callable[[], T], device: torch.device) -> Metered[T]:
         )
     if device.type != "cpu":
         raise TypeError(f"memory on {device} cannot be measured, expected the CPU or a CUDA device")
-    if torch.autograd._profiler_enabled():
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         raise RuntimeError(
             "memory on the CPU is measured by PyTorch's profiler, which is running already; stop it first"
         )

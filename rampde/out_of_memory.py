@@ -20,8 +20,8 @@ def explained(call: Callable[[], T], problem: Problem, road: str, forget: Callab
     """What ``call`` returns, a part of a solve on its ``road``.
 
     Raises:
-        torch.OutOfMemoryError: memory did not suffice. It names the policy in use and the next cheaper one. No tensor of
-            the solve is held by it, as would be by the frames of the error that was met; ``forget`` lets go the rest.
+        torch.OutOfMemoryError: memory did not suffice. It names the policy in use and the next cheaper one, and holds
+            no tensor of the solve, as the frames of the error that was met would; ``forget`` lets go the rest.
     """
     try:
         return call()
@@ -34,8 +34,8 @@ def explained(call: Callable[[], T], problem: Problem, road: str, forget: Callab
     forget()
     policy = problem.checkpoint
     raise torch.OutOfMemoryError(
-        f'out of memory in the {road} pass of a solve with checkpoint "{policy.name}": {first_line} Less memory is taken'
-        f" by {policy.cheaper}, or smaller batches"
+        f'out of memory in the {road} pass of a solve with checkpoint "{policy.name}": {first_line} Less is taken by'
+        f" {policy.cheaper}, or by smaller batches"
     )
 
 

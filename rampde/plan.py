@@ -16,14 +16,13 @@ from rampde.buffers import unchanged
 from rampde.captures import record
 from rampde.checkpoint import Checkpoint, Fp8, Offload
 from rampde.checkpoint.auto import budget_of
-from rampde.checkpoint.binomial import Binomial
 from rampde.checkpoint.costs import Evaluations, Sizes, sizes_of
 from rampde.checkpoint.policy import Auto
 from rampde.explicit import GridRoads, SteppingRoads, solve_explicit
 from rampde.meter import metered
 from rampde.ops import rk_stage
 from rampde.precision import accumulation_dtype
-from rampde.problem import Problem, Stage
+from rampde.problem import Stage
 from rampde.randomness import preserved
 from rampde.roads import note_precision
 from rampde.scaling import DynamicScaler

@@ -161,7 +161,7 @@ class Problem:
 
     @property
     def evaluated_again(self) -> int:
-        """How many stages of a step, the first ones, have a part in gradients; 1 where f is evaluated at grid points."""
+        """How many stages of a step, the first ones, have a part in gradients; 1 of a multistep method."""
         if isinstance(self.method, ButcherTableau):
             return self.tableau.cotangents[0].stage + 1
         return 1

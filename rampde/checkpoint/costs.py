@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import ceil, log2
 
 from rampde.checkpoint.binomial import Binomial, recomputed_steps
-from rampde.checkpoint.fp8 import BLOCK, Fp8
+from rampde.checkpoint.fp8 import Fp8
 from rampde.checkpoint.offload import Offload
 from rampde.checkpoint.policy import Checkpoint
+from rampde.fp8_blocks import BLOCK
 from rampde.problem import Problem
 
 
@@ -73,7 +74,8 @@ class Sizes:
         if isinstance(policy, Binomial):
             return min(policy.states, self.steps) * self.state
         if isinstance(policy, Fp8):
-            return self.steps * (self.elements + 4 * ceil(self.elements / BLOCK))
+            changes = (self.steps - 1) * (self.elements + 4 * ceil(self.elements / BLOCK))
+            return changes + self.state + self.rounded
         return self.steps * self.rounded
 
     def alive(self, policy: Checkpoint) -> int:

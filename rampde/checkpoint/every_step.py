@@ -20,12 +20,11 @@ class EveryStep(StoredSteps, Checkpoints):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.checkpoint)
         self.problem = problem
-        self.quantiser = problem.checkpoint.quantiser
         self.one_at_a_time = problem.checkpoint.stages == "lean"
         self._random: list[tuple[RandomState, ...]] = []
 
     def store(self, start: StepStart, stages: list[Stage] | None) -> None:
-        self.append(start.x if start.quantised is None else start.quantised)
+        self.append(start.x)
         self._random.append(start.random)
 
     def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> Stages:

@@ -1,17 +1,13 @@
-"""States in eight bits: float8 (e4m3) with a scale for each block of 128 elements."""
+"""The changes of the state in eight bits: float8 (e4m3) with a scale for each block of 128 elements."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from rampde import fp8_blocks
 from rampde.checkpoint.policy import Checkpoint
-from rampde.ops import rk_stage, rk_update
-
-BLOCK = 128
-"""Elements that share a scale, consecutive in memory."""
 
 # seeds of stochastic rounding must differ from step to step and from leaf to leaf
 _LEAVES = 1 << 10
@@ -19,19 +15,19 @@ _STEPS = 1 << 32
 
 
 class Quantised(NamedTuple):
-    """A tensor in eight bits: ``values`` times the scale of their block, to be loaded in ``dtype``."""
+    """A tensor in eight bits: ``codes`` times the scale of their block."""
 
-    values: Tensor
+    codes: Tensor
     scales: Tensor
-    dtype: torch.dtype
 
 
 class Fp8(Checkpoint):
-    """Keeps the state of each step in eight bits, half of what "step" keeps.
+    """Keeps the change of the state over each step in eight bits, half of what "step" keeps.
 
-    The kernel that ends a step writes it, and the kernel that makes the input of the first stage reads it: memory is
-    not passed over once more. An element is known to a sixteenth of its size at worst, so that gradients are accurate to
-    some percent of what the state is worth to them; the result of the solve is not affected. For the explicit methods.
+    The kernel that ends a step writes it, and in the backward pass one kernel makes of it the state at the start of the
+    step and the input of the first stage: memory is not passed over once more. A change is known to a sixteenth of its
+    size at worst, element by element, and the change of a step is a part of the state that becomes smaller with the
+    steps; only gradients see the difference, the result of the solve does not. For the explicit methods.
     """
 
     def __init__(self, stages: str = "step", stochastic: bool = False, seed: int = 0) -> None:
@@ -70,31 +66,19 @@ class Fp8(Checkpoint):
     def __repr__(self) -> str:
         return f"Fp8({self.stages!r}, stochastic={self.stochastic})"
 
-    def empty_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Quantised:
-        """Where the kernel writes a state like ``x``, to be loaded in ``dtype``, else that of ``x``."""
-        values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        scales = torch.empty(-(-x.numel() // BLOCK), dtype=torch.float32, device=x.device)
-        return Quantised(values, scales, x.dtype if dtype is None else dtype)
+    def empty_like(self, y: Tensor) -> Quantised:
+        """Where the kernel writes the change of a state like ``y``."""
+        return Quantised(*fp8_blocks.empty_like(y))
 
     def arguments(self, target: Quantised, step: int, leaf: int) -> tuple[Tensor, Tensor, int | None]:
-        """What the operators take to write ``target``, the state at the start of ``step``."""
-        seed = (self.seed * _STEPS + step) * _LEAVES + leaf if self.stochastic else None
-        return target.values, target.scales, None if seed is None else seed % (1 << 63)
+        """What the operators take to write ``target``, the change from the state at the start of ``step`` to that
+        before it."""
+        if not self.stochastic:
+            return *target, None
+        return *target, ((self.seed * _STEPS + step) * _LEAVES + leaf) % (1 << 63)
 
-    def store(self, state: Tensor | Quantised) -> Quantised:
-        if isinstance(state, Quantised):
-            return state
-        # only the initial state comes here; all others were written with the step before
-        target = self.empty_like(state)
-        rk_update(
-            state, [], _zero(state), [], torch.empty_like(state), None, None, None, 0, *self.arguments(target, 0, 0)
-        )
-        return target
+    def store(self, state: Any) -> Any:
+        return state
 
-    def load(self, stored: Quantised) -> Tensor:
-        result: Tensor = rk_stage(stored.values, [], _zero(stored.values), [], stored.dtype, stored.scales)
-        return result
-
-
-def _zero(x: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device=x.device)
+    def load(self, stored: Any) -> Any:
+        return stored

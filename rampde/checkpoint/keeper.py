@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 from torch import Tensor
 
 from rampde.checkpoint.fp8 import Fp8, Quantised
@@ -23,7 +23,8 @@ class StepStart:
         compensation: what the sum that made ``y`` has rounded away; None where that is not asked for.
         random: state of the random number generators before the first stage and, where that was evaluated at the end
             of the step before, before the second one; empty where f draws none.
-        quantised: ``x`` as the kernel of the step before has written it, where the policy has a form of its own.
+        quantised: the change of ``y`` over the step before, backwards, as the kernel that ended that step has written
+            it; None where that was not asked for, and at the first step.
     """
 
     y: list[Tensor]
@@ -33,7 +34,7 @@ class StepStart:
     quantised: list[Quantised] | None = None
 
 
-class Checkpoints(ABC):
+class Checkpoints:
     """What of the steps of one solve is kept.
 
     Attributes:
@@ -41,7 +42,7 @@ class Checkpoints(ABC):
         needs_graph: whether the stages of the next step are to be evaluated with their graphs.
         needs_stages: whether ``store`` is to be given the stages of each step.
         one_at_a_time: whether the graph of one stage at a time is alive on the road back.
-        quantiser: makes the form of its own in which the kernel that ends a step writes the state, if there is one.
+        quantiser: makes that form in which the kernel that ends a step writes the change of the state, if it is to.
     """
 
     keeps_graphs = False
@@ -50,9 +51,9 @@ class Checkpoints(ABC):
     one_at_a_time = False
     quantiser: Fp8 | None = None
 
-    @abstractmethod
     def store(self, start: StepStart, stages: list[Stage] | None) -> None:
         """Keeps what the policy wants of the step that begins at ``start``, the next one in order."""
+        raise NotImplementedError
 
     def tensors(self) -> list[Tensor]:
         """What is to be saved for the backward pass by autograd, which may offload or check it."""
@@ -61,10 +62,10 @@ class Checkpoints(ABC):
     def restore(self, tensors: Sequence[Tensor]) -> None:
         """Takes back what ``tensors`` gave, when a backward pass begins."""
 
-    @abstractmethod
     def load(self, step: int, h: Tensor, times: Sequence[Tensor]) -> Stages:
         """The stages of a step at ``times``, the first ones or all; steps come in reverse order, and a sweep that was
         stopped by an overflow may go back to a later one."""
+        raise NotImplementedError
 
     def release(self, step: int) -> None:
         """Frees what is kept of a step that will not be loaded again."""
@@ -72,6 +73,6 @@ class Checkpoints(ABC):
     def rest(self) -> None:
         """A backward pass is over, and another one may follow: forgets what ``restore`` took."""
 
-    @abstractmethod
     def clear(self) -> None:
         """Forgets everything."""
+        raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rampde.checkpoint.changes import Changes
 from rampde.checkpoint.every_step import EveryStage, EveryStep
 from rampde.checkpoint.graphs import GraphsWhileTheyFit, KeptGraphs
 from rampde.checkpoint.keeper import Checkpoints
@@ -19,4 +20,6 @@ def new_checkpoints(problem: Problem) -> Checkpoints:
         return KeptGraphs(problem)
     if policy.stages == "stage":
         return EveryStage(problem)
+    if policy.quantiser is not None:
+        return Changes(problem)
     return EveryStep(problem) if policy.keeps_every_step else SomeSteps(problem)

@@ -97,7 +97,7 @@ class Checkpoint:
 
     @property
     def quantiser(self) -> Fp8 | None:
-        """Makes the form in which the kernel that ends a step writes the state, where there is one."""
+        """Makes that form in which the kernel that ends a step writes the change of the state, if it is to."""
         return None
 
     @property

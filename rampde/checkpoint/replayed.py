@@ -92,7 +92,7 @@ class SomeSteps(Checkpoints):
         held = [self.policy.load(stored) for stored in self._kept[point]]
         leaves = len(problem.leaves)
         y = held[:leaves]
-        compensation = held[leaves : 2 * leaves] or [None] * leaves
+        compensation: list[Tensor | None] = [*held[leaves : 2 * leaves]] or [None] * leaves
         x = held[2 * leaves :]
         if not x:
             x = [leaf.to(dtype) for leaf, dtype in zip(y, problem.velocity.dtypes, strict=True)]
