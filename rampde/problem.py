@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 class Stage:
     """One evaluation of f: its arguments and its result, which carries the graph when one was recorded.
 
-    Of a result that only a product is to be taken of, the root of its graph is enough.
+    Of a result that only a product is to be taken of, its place in the graph is enough.
     ``random``: state of the random number generators before it, where it is to be made again.
     """
 
     time: Tensor
-    x: list[Tensor]
+    x: list[Any]
     k: list[Any]
     random: RandomState | None = None
 

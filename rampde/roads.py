@@ -163,6 +163,8 @@ def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tenso
         problem.checkpoint = chosen or _chosen(roads, problem, problem.checkpoint, saved, captures)
     if not (wanted and problem.checkpoint.keeps_graphs) and not roads.iterates:
         _detach_first(problem)
+    if wanted and problem.checkpoint.releases_inputs and not roads.iterates:
+        velocity.origin = torch.zeros((), device=velocity.spec.device, requires_grad=True)
     if problem.stats is not None and wanted:
         problem.stats.checkpoint = problem.checkpoint.name
     if wanted and problem.checkpoint.is_tape:
@@ -257,8 +259,9 @@ class _Solve(torch.autograd.Function):
             torch.clear_autocast_cache()
         ctx.set_materialize_grads(False)
         ctx.roads, ctx.problem, ctx.kept, ctx.observed = roads, problem, kept, observed
+        # products are taken with respect to the tensors themselves, not to what saved_tensors_hooks make of them
+        ctx.captures = captures
         # only what f was seen to use is checked for changes in place: the rest may be no business of the solve
-        ctx.unobserved = captures[observed:]
         ctx.save_for_backward(points, *y0, *captures[:observed], *kept.tensors())
         ctx.swept = False
         return tuple(outputs)
@@ -269,7 +272,7 @@ class _Solve(torch.autograd.Function):
         leaves = len(problem.leaves)
         points, *saved = ctx.saved_tensors
         y0, saved = saved[:leaves], saved[leaves:]
-        captures = [*saved[: ctx.observed], *ctx.unobserved]
+        captures = ctx.captures
         unused = (None, None, None)
         if all(cotangent is None for cotangent in cotangents):
             return (*unused, None, *[None] * (leaves + len(captures)))
@@ -299,6 +302,8 @@ class _Solve(torch.autograd.Function):
 
             def forget() -> None:
                 ctx.kept.clear()
+                saved.clear()
+                ctx.maybe_clear_saved_tensors()
                 ctx.swept = True
 
             try:

@@ -26,6 +26,8 @@ class Velocity:
         dtypes: dtype to which the input of each leaf is rounded before f sees it.
         autocast: autocast state of the solve.
         is_plain: whether the state is one real tensor, which f takes and returns as it is.
+        origin: where it is given, inputs of graphs are results of an operation on it, and not leaves: a leaf lives as
+            long as the graph does.
         half: whether any 16-bit float with a narrow exponent (float16) takes part in f.
     """
 
@@ -42,6 +44,7 @@ class Velocity:
         self.autocast = AutocastState.current(spec.device.type)
         self.dtypes = [self._input_dtype(leaf.dtype, velocity_dtype) for leaf in spec.leaves]
         self.half = torch.float16 in self.dtypes or (self.autocast.enabled and self.autocast.dtype == torch.float16)
+        self.origin: Tensor | None = None
         self.is_plain = spec.is_tensor and not spec.leaves[0].dtype.is_complex
         self.evaluate = self._plain_call() if self.is_plain else self._structured_call()
 
@@ -68,21 +71,30 @@ class Velocity:
         return self.spec.velocity_leaves(k)
 
     def call_with_graph(self, time: Tensor, x: Tensor) -> State:
-        """f on a state of one real tensor, recording the graph; ``x`` becomes a leaf of it."""
-        x.requires_grad_()
+        """f on a state of one real tensor, recording the graph; ``x`` becomes a leaf of it, unless it has an origin."""
+        if self.origin is None:
+            x.requires_grad_()
         torch._C._set_grad_enabled(True)
         try:
+            if self.origin is not None:
+                # minus zero stays as it is
+                x.sub_(self.origin)
             return self.func(time, x)
         finally:
             torch._C._set_grad_enabled(False)
 
     def evaluate_with_graph(self, time: Tensor, x: list[Tensor]) -> list[Tensor]:
-        """As ``evaluate``, recording the graph; ``x`` become leaves of it. Called where no graph is recorded."""
-        for leaf in x:
-            leaf.requires_grad_()
+        """As ``evaluate``, recording the graph; ``x`` become leaves of it, unless they have an origin. Called where no
+        graph is recorded."""
+        if self.origin is None:
+            for leaf in x:
+                leaf.requires_grad_()
         # what torch.enable_grad does, at a third of its price
         torch._C._set_grad_enabled(True)
         try:
+            if self.origin is not None:
+                for leaf in x:
+                    leaf.sub_(self.origin)
             return self.evaluate(time, x)
         finally:
             torch._C._set_grad_enabled(False)
@@ -97,7 +109,7 @@ def _counted(func: Callable[[Tensor, State], State], stats: SolveStats) -> Calla
 
 
 class Root(GradientEdge):
-    """A velocity without its values: where its graph begins, which is all that a product needs of it."""
+    """The result of an operation without its values: its place in the graph, which is all that a product needs."""
 
     dtype: torch.dtype
     requires_grad = True
@@ -107,17 +119,20 @@ class Root(GradientEdge):
         return self.node
 
 
-def root(velocity: Tensor) -> Tensor | Root:
-    """The root of the graph of ``velocity``; itself, where that is no result of an operation."""
-    if velocity.grad_fn is None:
-        return velocity
-    found = Root(velocity.grad_fn, velocity.output_nr)
-    found.dtype = velocity.dtype
+def root(result: Tensor) -> Tensor | Root:
+    """The place of ``result`` in the graph; itself, where it is no result of an operation."""
+    if result.grad_fn is None:
+        return result
+    found = Root(result.grad_fn, result.output_nr)
+    found.dtype = result.dtype
     return found
 
 
 def vector_jacobian_product(
-    k: Sequence[Tensor | Root], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], retain_graph: bool
+    k: Sequence[Tensor | Root],
+    inputs: Sequence[Tensor | Root],
+    cotangents: Sequence[Tensor | None],
+    retain_graph: bool,
 ) -> Sequence[Tensor | None]:
     """Gradients of ``sum_l <k_l, cotangents_l>`` with respect to ``inputs``; None where k does not depend on one.
 

@@ -446,6 +446,18 @@ class TestInsideOfFunc:
         outside.backward()
         assert torch.equal(factor.grad, block.norm.running_mean)
 
+    @pytest.mark.parametrize("method", ["rk4", "dopri5"])
+    @policies({**ALL, "auto": "auto", "step": "step", "none": "none"})
+    def test_hooks_around_the_solve(self, policy, method):
+        """What autograd saves for the solve is packed as the user says, and no gradient is lost by that."""
+        net = Net()
+        y0 = torch.randn(3, 5, requires_grad=True)
+        t = torch.linspace(0, 1, 5)
+        expected, _ = gradients(net, y0, t, policy, parameters=[*net.parameters()], method=method, **TOLERANCES)
+        with torch.autograd.graph.save_on_cpu():
+            found, _ = gradients(net, y0, t, policy, parameters=[*net.parameters()], method=method, **TOLERANCES)
+        assert same_bits(found, expected)
+
     def test_reentrant_checkpoint_goes_to_the_tape(self):
         """It refuses products with respect to chosen tensors, which the sweep consists of."""
         linear = nn.Linear(5, 5)

@@ -42,6 +42,15 @@ class Binomial(Checkpoint):
     def name(self) -> str:
         return str(self.states) if self.stages == "step" else f"{self.states} {self.stages}"
 
+    @property
+    def cheaper(self) -> str:
+        if self.stages == "step":
+            return f'rampde.Binomial({self.states}, "lean")'
+        return super().cheaper if self.states > 1 else f"rampde.Offload({self!r})"
+
+    def __repr__(self) -> str:
+        return f"Binomial({self.states}, {self.stages!r})"
+
     def schedule(self, step: int, end: int | None, kept: Sequence[int]) -> Sequence[int]:
         if end is None:
             return self._thinned(step, kept)

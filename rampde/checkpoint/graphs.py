@@ -49,6 +49,7 @@ class GraphsWhileTheyFit(Checkpoints):
         self._budget, self._bytes_of_stage = budget, max(bytes_of_stage, 1)
         self._with_graph = 0
         self.needs_graph = True
+        self._stats = problem.stats
 
     def store(self, start: StepStart, stages: list[Stage] | None) -> None:
         if not self.needs_graph:
@@ -60,7 +61,10 @@ class GraphsWhileTheyFit(Checkpoints):
         self._graphs.store(start, stages)
         self._with_graph += 1
         self._budget -= self._bytes_of_stage * len(stages)
-        self.needs_graph = self._budget > 0
+        # the last stage of a step may be the first one of the next
+        self.needs_graph = self._budget >= self._bytes_of_stage * len(stages)
+        if not self.needs_graph and self._stats is not None:
+            self._stats.checkpoint = f"none for {self._with_graph} steps, then step"
 
     def tensors(self) -> list[Tensor]:
         return self._states.tensors()

@@ -55,6 +55,10 @@ class Offload(Checkpoint):
         return f"offload {self.policy.name}"
 
     @property
+    def releases_inputs(self) -> bool:
+        return self.stages == "none"
+
+    @property
     def quantiser(self) -> Fp8 | None:
         return self.policy.quantiser
 

@@ -96,6 +96,11 @@ class Checkpoint:
         return nullcontext()
 
     @property
+    def releases_inputs(self) -> bool:
+        """Whether the inputs of graphs that are kept are to go, as what the graphs save of them is kept elsewhere."""
+        return False
+
+    @property
     def quantiser(self) -> Fp8 | None:
         """Makes that form in which the kernel that ends a step writes the change of the state, if it is to."""
         return None
@@ -122,7 +127,7 @@ class Checkpoint:
             "tape": 'checkpoint="step"',
             "step": 'checkpoint="lean"',
             "stage": 'checkpoint="lean"',
-            "lean": 'rampde.Binomial(states, "lean") with fewer states than steps',
+            "lean": 'rampde.Binomial(states, "lean") with few states',
         }[self.stages]
 
     def __repr__(self) -> str:
@@ -143,7 +148,9 @@ class Auto(Checkpoint):
 
 
 class NoneWhileItFits(Checkpoint):
-    """What "auto" becomes where the number of steps is not known: "none" for as many steps as fit, then "step"."""
+    """What "auto" becomes where the number of steps is not known: "none" for as many steps as fit, then "step".
+
+    It goes by the name "none"; the statistics of a solve say from where on it was not."""
 
     def __init__(self, budget: int, bytes_of_stage: int) -> None:
         """``budget``: bytes for graphs; ``bytes_of_stage``: what each of them takes."""
@@ -152,7 +159,7 @@ class NoneWhileItFits(Checkpoint):
 
     @property
     def name(self) -> str:
-        return "none while it fits"
+        return "none"
 
     @property
     def keeps_graphs(self) -> bool:

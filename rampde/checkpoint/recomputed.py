@@ -22,9 +22,9 @@ class Stages(Protocol):
 
 def for_products(problem: Problem, stage: Stage) -> Stage:
     """The stage as the sweep needs it: the values of the velocity only where times have a gradient."""
-    if problem.time_needs_grad:
-        return stage
-    return Stage(stage.time, stage.x, [root(value) for value in stage.k])
+    x = stage.x if problem.velocity.origin is None else [root(leaf) for leaf in stage.x]
+    k = stage.k if problem.time_needs_grad else [root(value) for value in stage.k]
+    return Stage(stage.time, x, k)
 
 
 class StageList:
