@@ -11,6 +11,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,10 @@ def measure(steps: int) -> list[dict[str, Any]]:
     exact = train(torchdiffeq.odeint, copy.deepcopy(net).double(), y0.double(), c.double(), steps, None)
     rows = []
     for precision, low in PRECISIONS.items():
-        for solver, odeint in (("rampde", rampde.odeint), ("torchdiffeq", torchdiffeq.odeint)):
+        for solver, odeint in (
+            ("rampde", partial(rampde.odeint, checkpoint="step")),
+            ("torchdiffeq", torchdiffeq.odeint),
+        ):
             found = train(odeint, net, y0, c, steps, low)
             for quantity, mine, theirs in zip(QUANTITIES, found, exact, strict=True):
                 error = ((mine - theirs).norm() / theirs.norm()).item()

@@ -6,8 +6,9 @@ much f stretches space on the way, the integral of its divergence, gives the den
     log p(x(0)) = log N(x(1); 0, I) + integral of div f(t, x(t)) from 0 to 1.
 
 Maximizing it is the training; following f backwards from Gaussian noise makes new samples. The same network
-is trained three ways on the same batches: by torchdiffeq in fp32, and by rampde in bf16 and in fp16 (there
-with dynamic scaling of the adjoint, which rampde adds by itself). What changes is the import and an autocast:
+is trained four ways on the same batches: by torchdiffeq in fp32, and by rampde in bf16, in fp16 (there with
+dynamic scaling of the adjoint, which rampde adds by itself), and in bf16 with 8-bit checkpoints, where memory is
+short. What changes is the import and an autocast:
 
     with torch.autocast("cuda", torch.bfloat16):
         x, log_volume = rampde.odeint(field, (data, zeros), times, method="rk4")
@@ -19,11 +20,11 @@ At the end a table compares the ways, and a picture shows the densities they lea
 
 import argparse
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 import rampde
+from rampde.meter import metered
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -110,12 +112,13 @@ class Way:
 
 
 def make_ways(args: argparse.Namespace) -> list[Way]:
-    """The three ways, each with its own copy of the same untrained network."""
+    """The four ways, each with its own copy of the same untrained network."""
     ways = []
     for name, odeint, precision in (
         ("torchdiffeq fp32", torchdiffeq.odeint, torch.float32),
         ("rampde bf16", rampde.odeint, torch.bfloat16),
         ("rampde fp16", rampde.odeint, torch.float16),
+        ("rampde bf16+fp8", partial(rampde.odeint, checkpoint=rampde.Fp8("lean")), torch.bfloat16),
     ):
         torch.manual_seed(args.seed)
         model = Field(args.width).to(args.device)
@@ -162,30 +165,16 @@ def train_once(way: Way, x: Tensor, times: Tensor) -> None:
     way.evaluations = evaluations[1] - evaluations[0], evaluations[2] - evaluations[1]
 
 
+def one_gradient(way: Way, x: Tensor, times: Tensor) -> None:
+    """The loss of a batch and its gradient, without a step of the optimizer."""
+    negative_log_likelihood(way, x, times).backward()
+
+
 def now(device: torch.device) -> float:
     """Seconds, once the device has done all work given to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def peak_memory(work: Callable[[], object], device: torch.device) -> float:
-    """MiB of tensors that were alive at once during ``work``, above what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    # the CPU allocator keeps no peak: the profiler hears of each allocation (positive) and release (negative)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without its log lines
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak / 2**20
 
 
 @torch.no_grad()
@@ -221,7 +210,7 @@ def draw(ways: Sequence[Way], data: Tensor, args: argparse.Namespace) -> None:
         for way in ways
     ]
     top = torch.stack([row[1] for row in panels]).quantile(0.995).item()
-    figure, axes = plt.subplots(len(ways), 3, figsize=(9, 8.1), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(ways), 3, figsize=(9, 2.7 * len(ways)), layout="constrained", squeeze=False)
     for way, row, images in zip(ways, axes, panels, strict=True):
         for plot, image in zip(row, images, strict=True):
             shown = plot.imshow(image.T, "magma", origin="lower", extent=extent, vmin=0, vmax=top)
@@ -296,7 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for way in ways:
         way.nll = -log_density(way.model, held_out, args.steps).mean().item()
         way.optimizer.zero_grad()
-        way.peak_mib = peak_memory(lambda way=way: negative_log_likelihood(way, batch, times).backward(), args.device)
+        work = partial(one_gradient, way, batch, times)
+        way.peak_mib = metered(work, args.device).peak / 2**20
     draw(ways, density(2_000 if args.quick else 40_000, generator).to(args.device), args)
     print_table(ways, -gaussian_log_density(held_out).mean().item(), args.device)
     print(f"picture: {args.output}")

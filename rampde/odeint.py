@@ -72,10 +72,16 @@ def odeint(
             inf when one is not finite.
         velocity_dtype: dtype to which the input of ``func`` is rounded; None: the autocast dtype where autocast
             is on, else the dtype of each leaf of y0. Complex leaves keep theirs.
-        checkpoint: what is kept for the backward pass: "step" the rounded state of each step (stages are evaluated
-            again, one step's graphs at a time), "none" the graph of every stage (nothing is evaluated again),
-            "tape" what plain autograd keeps (forward mode; slower; parameter gradients are summed by autograd).
-            Second derivatives work with all of them; for the first two the solve is then repeated on the tape.
+        checkpoint: what is kept for the backward pass. "auto": the fastest of the following that fits into
+            ``memory_budget``, chosen once for each func, shape and method. "none": the graph of every stage, nothing is
+            evaluated again. "step": the rounded state of each step, whose stages are evaluated again. "stage": the
+            rounded input of each stage, evaluated again one at a time. "lean": as "step", but one stage at a time, for
+            s - 1 evaluations more in a step of s stages. A number of states, or :class:`rampde.Binomial`: that many
+            states, between which steps are taken again. :class:`rampde.Offload`: any of these in host memory.
+            :class:`rampde.Fp8`: states in eight bits. "tape": what plain autograd keeps (forward mode; slower;
+            parameter gradients are summed by autograd). Any :class:`rampde.Checkpoint` of one's own.
+            Second derivatives work with all of them; but for "tape" the solve is then repeated on the tape.
+        memory_budget: bytes that "auto" may take; None for a quarter of the device's free memory.
         progress: show a progress bar (needs tqdm).
         compensated: sum the state with compensation for rounding (Kahan), at 8 more bytes per element and step.
 
@@ -87,6 +93,8 @@ def odeint(
         TypeError, ValueError: an argument that is not as described; the message says what was given.
         RuntimeError: the steps became too small or too many, the message says where and what to do; f or the state
             is not finite.
+        torch.OutOfMemoryError: memory did not suffice, here or in the backward pass; the message names the policy and
+            the next cheaper one, and nothing of the solve is left.
 
     Warns:
         RuntimeWarning: the state left the range of float16; the message names the step and the time.
