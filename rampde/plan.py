@@ -26,6 +26,7 @@ from rampde.problem import Stage
 from rampde.randomness import preserved
 from rampde.roads import note_precision
 from rampde.scaling import DynamicScaler
+from rampde.statistics import uncollected
 from rampde.tableau import ButcherTableau
 from rampde.velocity import root, vector_jacobian_product
 
@@ -130,7 +131,7 @@ def plan_memory(
             or steps for each sample.
         RuntimeError: a profiler is running, which is needed to measure memory on the CPU.
     """
-    with torch.no_grad():
+    with torch.no_grad(), uncollected():
         request = read_arguments(
             func,
             y0,
@@ -152,8 +153,9 @@ def plan_memory(
         raise ValueError("plan_memory is for explicit Runge-Kutta methods, expected one of them as method")
     if problem.per_sample:
         raise ValueError('with options["batch_axis"] the policy is "step" always, so there is nothing to plan')
-    asked = Auto(budget)
-    allowed = budget_of(asked, problem.velocity.spec.device)
+    if problem.is_empty:
+        raise ValueError("t has one time only, expected a solve with steps")
+    allowed = budget_of(Auto(budget), problem.velocity.spec.device)
     with preserved(problem.velocity.spec.device, True):
         probe = _Probe(request)
         sizes = sizes_of(problem, probe.graph)
@@ -181,6 +183,7 @@ def _sizes_of_steps(request: Request, sizes: Sizes) -> Sizes:
     """``sizes`` of a solve whose steps are decided on the way, which is made to find them."""
     problem = request.problem
     assert problem.closed is not None
+    problem.observer = None  # callbacks are for the solves of the user
     with torch.no_grad(), unchanged(problem.buffers):
         solve_explicit(problem, [leaf.detach() for leaf in request.leaves])
     inside = {output.step for output in problem.grid.outputs if output.inside}
@@ -299,7 +302,10 @@ class _Probe:
         if not policy.keeps_every_step and sizes.steps > 1:
             # a state that a step is taken again from, unless the kept one is used
             base += self.input_bytes
-        elif policy.quantiser is not None or isinstance(policy, Offload):
+        elif policy.quantiser is not None:
+            # the state that the sweep is at, in full precision, and what f sees of it
+            base += sizes.state + self.input_bytes
+        elif isinstance(policy, Offload):
             base += self.input_bytes * (sizes.stages if policy.stages == "stage" else 1)
         # what parameters have got so far is not there in the first step that is swept, the last one, if it waits
         totals = self.totals if sizes.steps > 1 or not self._gradients_wait(policy) else 0
@@ -325,8 +331,9 @@ class _Probe:
         for swept in range(s):
             collected = swept * (self.gradients if self._gradients_wait(policy) else self.gradients_of_input)
             if policy.stages == "none":
-                # kept already; the graphs of later steps are gone
-                alive = self.velocity_bytes - swept * graph if not isinstance(policy, Offload) else graph
+                # kept already; the graphs of later stages are gone, unless an overflow may ask for them again
+                gone = swept * graph if self.problem.scaler is None else 0
+                alive = graph if isinstance(policy, Offload) else self.velocity_bytes - gone
             elif policy.stages == "step":
                 alive = (s - swept) * graph - first_is_kept + self.velocity_bytes
             elif policy.stages == "lean":

@@ -128,6 +128,16 @@ def stats() -> Iterator[Stats]:
         _collecting.reset(token)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Solves within are nobody's business."""
+    token = _collecting.set(None)
+    try:
+        yield
+    finally:
+        _collecting.reset(token)
+
+
 def new_solve(method: str) -> SolveStats | None:
     """The record of a solve that begins, where someone asked for it."""
     collected = _collecting.get()

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import nn
 
@@ -49,6 +50,14 @@ AS_NONE = {
 }
 
 
+ALL = {**AS_STEP, **AS_NONE}
+
+
+def policies(chosen):
+    """Runs a test with each of the policies."""
+    return pytest.mark.parametrize("policy", [pytest.param(policy, id=name) for name, policy in chosen.items()])
+
+
 class Net(nn.Module):
     """A small time-dependent network that counts its evaluations."""
 
@@ -66,7 +75,7 @@ class Net(nn.Module):
 
 
 def gradients(func, y0, t, checkpoint, precision=None, parameters=(), loss=None, **options):
-    """Gradients of a loss of a solve with respect to y0, t where it requires one, and parameters; and its statistics."""
+    """Gradients of a loss of a solve with respect to y0, t if it requires one, and parameters; and statistics."""
     inputs = [leaf for leaf in torch.utils._pytree.tree_leaves(y0) if leaf.requires_grad]
     if t.requires_grad:
         inputs.append(t)
@@ -78,3 +87,13 @@ def gradients(func, y0, t, checkpoint, precision=None, parameters=(), loss=None,
 
 def same_bits(some, others):
     return len(some) == len(others) and all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def check_bits(policy, func, y0, t, parameters, reference=None, **options):
+    """The bits of "step" or "none", whichever the policy belongs to."""
+    if reference is None:
+        reference = "none" if policy in AS_NONE.values() else "step"
+    expected, _ = gradients(func, y0, t, reference, parameters=parameters, **options)
+    found, _ = gradients(func, y0, t, policy, parameters=parameters, **options)
+    assert all(bool(torch.isfinite(g).all()) for g in expected)
+    assert same_bits(found, expected)

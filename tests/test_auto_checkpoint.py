@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_casts_of_parameters_are_no_part_of_a_graph():
 class TestAdaptive:
     """The number of steps is not known: graphs are kept as long as they fit."""
 
-    OPTIONS = {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4}
+    OPTIONS: ClassVar = {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4}
 
     def test_all_fit(self):
         net = Net()
@@ -187,7 +188,7 @@ class TestAdaptive:
         loss = odeint(net, y0, torch.tensor([0.0, 3.0]), **options).sum()
         first = torch.autograd.grad(loss, [y0, *net.parameters()], retain_graph=True)
         assert same_bits(first, torch.autograd.grad(loss, [y0, *net.parameters()]))
-        with pytest.raises(RuntimeError, match="freed by an earlier backward pass|second time"):
+        with pytest.raises(RuntimeError, match=r"freed by an earlier backward pass|second time"):
             torch.autograd.grad(loss, [y0])
 
     def test_dropout(self):

@@ -1,5 +1,6 @@
 """Binomial checkpointing: never more recomputation than the optimum, never more states than asked for."""
 
+from itertools import pairwise
 from math import comb
 
 import pytest
@@ -84,7 +85,7 @@ def test_online_schedule(steps, states):
     """Where the number of steps is not known, states lie at equal distances, at most twice as far as they must."""
     policy = Binomial(states)
     kept = way_out(policy, steps, known=False)
-    distances = {later - earlier for earlier, later in zip(kept, kept[1:], strict=False)}
+    distances = {later - earlier for earlier, later in pairwise(kept)}
     assert len(distances) <= 1
     distance = distances.pop() if distances else None
     if distance is not None:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_online_checkpoints_do_not_grow():
 class Tracked(torch.autograd.Function):
     """Tensors that it saves, and graphs, are told by weak references."""
 
-    graphs = weakref.WeakSet()
+    graphs: ClassVar = weakref.WeakSet()
 
     @staticmethod
     def forward(ctx, y, tensors):
@@ -173,7 +174,7 @@ def test_out_of_memory(method, road, fails, policy, how):
     gc.collect()
     assert not Tracked.graphs
     if road == "backward":
-        with pytest.raises(RuntimeError, match="freed by an earlier backward pass|second time"):
+        with pytest.raises(RuntimeError, match=r"freed by an earlier backward pass|second time"):
             y[-1].sum().backward()
         # what autograd saved for the solve goes with its result
         del y
@@ -190,5 +191,5 @@ def test_other_errors_are_left_alone():
     def func(t, y):
         raise RuntimeError("something else")
 
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         odeint(func, torch.randn(3), torch.linspace(0, 1, 3), method="rk4")

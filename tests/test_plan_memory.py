@@ -5,6 +5,7 @@ import torch
 from policies import Net
 from torch import nn
 
+import rampde
 from rampde import Offload, odeint, plan_memory
 from rampde.meter import metered
 
@@ -134,12 +135,24 @@ def test_nothing_is_changed():
     assert y0.grad is None
 
 
+def test_a_plan_is_no_solve_of_the_user():
+    func, y0 = mlp()
+    told = []
+    func.callback_step = lambda *arguments: told.append(arguments)
+    with rampde.stats() as stats:
+        plan_memory(func, y0, torch.tensor([0.0, 1.0]), rtol=1e-1, atol=1e-1, show=False)
+    assert stats.solves == []
+    assert told == []
+
+
 def test_what_cannot_be_planned():
     y0, t = torch.randn(3, 5), torch.linspace(0, 1, 4)
     with pytest.raises(ValueError, match="plan_memory is for explicit Runge-Kutta methods"):
         plan_memory(Net(), y0, t, method="gl4")
     with pytest.raises(ValueError, match="nothing to plan"):
         plan_memory(Net(), y0, t, options={"batch_axis": 0})
+    with pytest.raises(ValueError, match="t has one time only"):
+        plan_memory(Net(), y0, t[:1], method="rk4")
     with pytest.raises(TypeError, match="y0 is"):
         plan_memory(Net(), 3.0, t)
     with (
