@@ -10,8 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # where benchmarks write; empty: bench/results/<GPU or CPU>
 OUT ?=
-# what gpu-check does, of: tests kernels solvers adaptive
-CHECKS ?= tests kernels solvers adaptive
+# what gpu-check does, of: tests kernels solvers adaptive memory
+CHECKS ?= tests kernels solvers adaptive memory
 JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -76,6 +76,7 @@ bench: $(INSTALLED)
 	$(RUN) -m bench.kernels $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.solvers $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.adaptive $(if $(OUT),--out $(OUT))
+	$(RUN) -m bench.memory $(if $(OUT),--out $(OUT))
 
 gpu-check: $(INSTALLED)
 	$(RUN) -m bench.check $(CHECKS) $(if $(OUT),--out $(OUT))

@@ -22,6 +22,7 @@ import rampde
 from bench.common import machine, machine_line, print_table, results_folder, write_results
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SOLVERS = {"rampde": partial(rampde.odeint, checkpoint="step"), "torchdiffeq": torchdiffeq.odeint}
 QUANTITIES = ("y(1)", "dL/dy0", "dL/dtheta")
 
 

@@ -19,7 +19,7 @@ class Case:
     """One call of one operator: its arguments, which of them it writes, and the bytes that it must move.
 
     ``reduces``: whether what it returns is a sum over all elements. ``quantised``: where its codes and block scales
-    are, which it reads where ``codes_are_read``, else writes with the first of what it writes.
+    are, which it reads where ``codes_are_read``, else writes as the last of its arguments.
     """
 
     name: str
@@ -67,7 +67,7 @@ def cases(n: int, velocity: torch.dtype, device: torch.device) -> Iterator[Case]
     yield Case("rk_update, compensated", "rk_update", arguments, (4, 5, 6, 7), moved + 8 * n)
     del compensation
 
-    # in 8 bits instead: written to nearest and at random, and read by a first stage backwards, which has no velocities
+    # the step in 8 bits instead: written to nearest and at random, and read on the way back from the state after it
     codes, scales = fp8_blocks.quantise(y)
     in_8_bits = n + 4 * len(scales)
     arguments = (y, k, h, b, after, None, None, overflow, 0, codes, scales)
@@ -75,8 +75,10 @@ def cases(n: int, velocity: torch.dtype, device: torch.device) -> Iterator[Case]
     yield Case("rk_update, 8 bits", "rk_update", arguments, (4, 7), moved_in_8_bits, quantised=(9, 10))
     name = "rk_update, 8 bits at random"
     yield Case(name, "rk_update", (*arguments, 1), (4, 7), moved_in_8_bits, quantised=(9, 10))
-    arguments = (codes, [], h, (), velocity, scales)
-    yield Case("rk_stage, 8 bits", "rk_stage", arguments, (), in_8_bits + v * n, quantised=(0, 5), codes_are_read=True)
+    arguments = (codes, [y], torch.ones_like(h), (1.0,), after, checkpoint, None, overflow, 0, None, scales)
+    moved_back = (8 + (v if rounded else 0)) * n + in_8_bits
+    name = "rk_update, from 8 bits"
+    yield Case(name, "rk_update", arguments, (4, 5, 7), moved_back, quantised=(0, 10), codes_are_read=True)
     del codes, scales
 
     # dopri5, of whose seven velocities the second is in neither sum, and the last in that of the error alone
@@ -121,26 +123,30 @@ def _of_oracle(case: Case) -> tuple[Any, ...]:
     """The arguments without 8 bits: the numbers that codes stand for where they are read, else nothing."""
     if case.quantised is None:
         return case.arguments
+    codes, scales = case.quantised
+    if not case.codes_are_read:
+        return case.arguments[:codes]
     arguments = list(case.arguments)
-    codes, scales = (arguments[index] for index in case.quantised)
-    state = fp8_blocks.dequantise(codes, scales, torch.float32) if case.codes_are_read else None
-    arguments[case.quantised[0]], arguments[case.quantised[1]] = state, None
+    arguments[codes] = fp8_blocks.dequantise(arguments[codes], arguments[scales], torch.float32)
+    arguments[scales] = None
     return tuple(arguments)
 
 
 def _check_codes(case: Case) -> None:
-    """Raises RuntimeError unless codes and scales that were written are those of the state beside them, to the bit."""
+    """Raises RuntimeError unless codes and scales that were written are those of minus the step, to the bit."""
     if case.quantised is None or case.codes_are_read:
         return
-    first = case.quantised[0]
-    codes, scales, *seed = case.arguments[first : first + 3]
-    state = case.arguments[case.written[0]]
+    codes, scales, *seed = case.arguments[case.quantised[0] :]
+    y, k, h, b = case.arguments[:4]
     # random numbers belong to offsets: the end alone has others
-    start = 0 if seed else max(0, state.numel() - CHECKED) // fp8_blocks.BLOCK * fp8_blocks.BLOCK
-    expected, of_blocks = fp8_blocks.quantise(state[start:], *seed)
+    start = 0 if seed else max(0, y.numel() - CHECKED) // fp8_blocks.BLOCK * fp8_blocks.BLOCK
+    # from minus zero there is nothing but the step
+    step = torch.full_like(y[start:], -0.0)
+    getattr(ops, case.operator)(step, [term[start:] for term in k], h, b, step)
+    expected, of_blocks = fp8_blocks.quantise(-step, *seed)
     same = torch.equal(codes[start:].view(torch.uint8), expected.view(torch.uint8))
     if not same or not torch.equal(scales[start // fp8_blocks.BLOCK :], of_blocks):
-        raise RuntimeError(f"{case.name} is wrong: its codes or scales are not those of the state")
+        raise RuntimeError(f"{case.name} is wrong: its codes or scales are not those of its step")
 
 
 def _results(returned: Any, arguments: Sequence[Any], written: Sequence[int]) -> list[Tensor]:

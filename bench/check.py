@@ -1,6 +1,6 @@
 """``make gpu-check``: all tests and the benchmarks on this machine, and a record of how they ended.
 
-    python -m bench.check [tests] [kernels] [solvers] [adaptive] [--out DIR] [--quick]
+    python -m bench.check [tests] [kernels] [solvers] [adaptive] [memory] [--out DIR] [--quick]
 
 On a machine with a GPU a skipped CUDA test is a failure; elsewhere the same run is a rehearsal. What fails
 does not keep the rest from running, but decides the exit status.
@@ -21,7 +21,7 @@ import torch
 from bench.common import ROOT, machine, machine_line, print_table, results_folder, write_json
 from rampde.__main__ import report
 
-CHECKS = ("tests", "kernels", "solvers", "adaptive")
+CHECKS = ("tests", "kernels", "solvers", "adaptive", "memory")
 
 
 def run(command: Sequence[str], log: TextIO, environment: Mapping[str, str]) -> int:
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "kernels": [sys.executable, "-m", "bench.kernels", "--out", str(folder), *speed],
         "solvers": [sys.executable, "-m", "bench.solvers", "--out", str(folder), *speed],
         "adaptive": [sys.executable, "-m", "bench.adaptive", "--out", str(folder), *speed],
+        "memory": [sys.executable, "-m", "bench.memory", "--out", str(folder), *speed],
     }
     outcomes: list[dict[str, Any]] = []
     with (folder / "check.log").open("w") as log:

@@ -86,7 +86,21 @@ def adaptive() -> str:
     return markdown(["", "solver", *problems], rows) + "\n\n" + source(found)
 
 
-TABLES = {"accuracy": accuracy, "solvers": solvers, "adaptive": adaptive}
+def memory() -> str:
+    """Peak memory of a training step as the steps grow, and its time, for the MLP in bfloat16 on the CPU."""
+    found = json.loads((CPU / "memory.json").read_text())
+    rows = [row for row in found["rows"] if (row["problem"], row["precision"]) == ("mlp", "bf16")]
+    steps = sorted({row["steps"] for row in rows})
+    lines = []
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        mine = {row["steps"]: row for row in rows if row["solver"] == solver}
+        peaks = [f"{mine[n]['peak_mib']:.1f}" for n in steps]
+        lines.append([solver, *peaks, f"{mine[steps[-1]]['over_torchdiffeq']:.2f}"])
+    header = ["", *(f"MiB, N = {n}" for n in steps), "time / torchdiffeq's"]
+    return markdown(header, lines) + "\n\n" + source(found)
+
+
+TABLES = {"accuracy": accuracy, "solvers": solvers, "adaptive": adaptive, "memory": memory}
 
 
 def written(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Device functions for states in 8 bits, whose codes and scales :mod:`rampde.fp8_blocks` describes.
+"""Device functions for steps in 8 bits, whose codes and scales :mod:`rampde.fp8_blocks` describes.
 
 Codes are uint8 here, and their bits are handled as integers: not every architecture converts them, and the
 interpreter does not round as they need it. A program holds whole blocks of scales.
@@ -28,8 +28,8 @@ def _to_elements(of_blocks):  # [BLOCK]
 
 
 @triton.jit
-def dequantised(codes_ptr, scales_ptr, numel, offsets, mask):  # [BLOCK]
-    """The elements at ``offsets``, those of this program, in float32."""
+def dequantised(codes_ptr, scales_ptr, numel, dtype: tl.constexpr, offsets, mask):  # [BLOCK]
+    """The elements at ``offsets``, those of this program, in ``dtype``."""
     code = tl.load(codes_ptr + offsets, mask=mask).to(tl.int32)
     rows = _scale_offsets(offsets.shape[0])
     scale = tl.load(scales_ptr + rows, mask=None if mask is None else rows * SCALE_BLOCK < numel)
@@ -40,7 +40,7 @@ def dequantised(codes_ptr, scales_ptr, numel, offsets, mask):  # [BLOCK]
     value = tl.where(magnitude == 0x7F, float("nan"), value)
     # not minus, which is a difference to zero and loses its sign
     signed = value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)
-    return signed.to(tl.float32, bitcast=True) * _to_elements(scale)
+    return signed.to(tl.float32, bitcast=True).to(dtype) * _to_elements(scale).to(dtype)
 
 
 @triton.jit
@@ -61,8 +61,8 @@ def _uniform(seed, size: tl.constexpr):  # [size]
 
 
 @triton.jit
-def store_quantised(
-    total,  # [BLOCK]
+def store_negated(
+    sums,  # [BLOCK]
     codes_ptr,
     scales_ptr,
     seed,  # the word of a seed, not used unless stochastic
@@ -71,9 +71,9 @@ def store_quantised(
     offsets,  # [BLOCK], those of this program
     mask,  # [BLOCK], or None for a full block
 ):
-    """Writes ``total`` in 8 bits."""
-    size: tl.constexpr = total.shape[0]
-    bits = total.to(tl.float32).to(tl.int32, bitcast=True)
+    """Writes ``-sums`` in 8 bits."""
+    size: tl.constexpr = sums.shape[0]
+    bits = sums.to(tl.float32).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     finite = magnitude < 0x7F800000
     magnitude = tl.where(finite, magnitude, 0)
@@ -100,5 +100,5 @@ def store_quantised(
         quanta = (scaled + large.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - large
     # the first code of a binade has eight quanta
     code = (binade >> 20) - ((127 - 6) << 3) + quanta
-    code = tl.where(finite, code | ((bits >> 24) & 0x80), 0x7F)
+    code = tl.where(finite, code | (~(bits >> 24) & 0x80), 0x7F)
     tl.store(codes_ptr + offsets, code.to(tl.uint8), mask=mask)

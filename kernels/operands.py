@@ -19,12 +19,10 @@ ACCUMULATION = {
 _SUPPORTED = "one of " + ", ".join(map(str, ACCUMULATION))
 
 
-def check_state(op: str, y: Tensor, h: Tensor, block_scales: Tensor | None = None) -> None:
-    """``y`` dense and floating, or in 8 bits with ``block_scales``; ``h`` a 0-dim float64 or float32 beside it."""
-    if block_scales is None:
+def check_state(op: str, y: Tensor, h: Tensor, coded: bool = False) -> None:
+    """``y`` dense, and floating unless it is ``coded`` in 8 bits; ``h`` a 0-dim float64 or float32 beside it."""
+    if not coded:
         check_dtype(op, "y has dtype", y.dtype)
-    else:
-        fp8_blocks.checked(op, "y", y, block_scales, y)
     if not y.is_contiguous() and not _is_dense(y):
         raise ValueError(
             f"{op}: y of shape {tuple(y.shape)} has strides {y.stride()}, expected a dense tensor, of any"
@@ -38,7 +36,7 @@ def check_state(op: str, y: Tensor, h: Tensor, block_scales: Tensor | None = Non
 
 def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
     if dtype not in ACCUMULATION:
-        others = f"; {dtype} is for the y of rk_stage, with its block_scales" if dtype == fp8_blocks.CODES else ""
+        others = f"; {dtype} is for the y of rk_update, with its block_scales" if dtype == fp8_blocks.CODES else ""
         raise ValueError(f"{op}: {what} {dtype}, expected {_SUPPORTED}{others}")
 
 
@@ -97,10 +95,12 @@ def check_output(op: str, name: str, y: Tensor, output: Tensor) -> None:
 
 def quantised_output(
     op: str, y: Tensor, quantised: Tensor | None, block_scales: Tensor | None, seed: int | None
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor | None, int]:
     """Of the three the codes as bytes, which kernels write, and the word of the seed, 0 without one."""
-    codes, _ = fp8_blocks.checked(op, "quantised", quantised, block_scales, y)
-    return codes.view(torch.uint8), 0 if seed is None else fp8_blocks.seed_word(seed)
+    written = fp8_blocks.check_written(op, y, quantised, block_scales, seed)
+    if written is None:
+        return None, 0
+    return written[0].view(torch.uint8), 0 if seed is None else fp8_blocks.seed_word(seed)
 
 
 def check_counter(op: str, name: str, y: Tensor, counter: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rampde.kernels import operands
 from rampde.kernels.elementwise import nothing, reciprocal, rounded, two_sum
-from rampde.kernels.fp8 import store_quantised
+from rampde.kernels.fp8 import store_negated
 from rampde.kernels.launch import BLOCK, Launcher
 
 SMALLEST = {tl.float32: torch.finfo(torch.float32).tiny, tl.float64: torch.finfo(torch.float64).tiny}
@@ -54,6 +54,8 @@ def _error_block(
         if coefficients[j] != 0.0:
             weight = (h * tl.full((), coefficients[j], tl.float64)).to(accumulation)
             increment += k[j].to(accumulation) * weight
+    if codes_ptr is not None:
+        store_negated(increment, codes_ptr, scales_ptr, seed, stochastic, numel, offsets, mask)
     if compensation_ptr is None:
         total = base + increment
     else:
@@ -78,8 +80,6 @@ def _error_block(
         tl.store(next_ptr + offsets, rounded(total, next_ptr.dtype.element_ty), mask=mask)
     if checkpoint_ptr is not None:
         tl.store(checkpoint_ptr + offsets, rounded(total, checkpoint_ptr.dtype.element_ty), mask=mask)
-    if codes_ptr is not None:
-        store_quantised(total, codes_ptr, scales_ptr, seed, stochastic, numel, offsets, mask)
     # the square of a float32 need not be one
     square = ratio.to(tl.float64) * ratio.to(tl.float64)
     square = tl.where(square == square, square, float("inf"))
@@ -182,11 +182,9 @@ def rk_error(
             operands.check_output("rk_error", name, y, output)
     if compensation is not None and compensation.dtype == torch.float64:
         accumulation = tl.float64
-    codes, word = None, 0
-    if quantised is not None or block_scales is not None:
-        codes, word = operands.quantised_output("rk_error", y, quantised, block_scales, seed)
-        if rows != 1:
-            raise ValueError(f"rk_error: rows is {rows}, expected 1 where quantised is given")
+    codes, word = operands.quantised_output("rk_error", y, quantised, block_scales, seed)
+    if codes is not None and rows != 1:
+        raise ValueError(f"rk_error: rows is {rows}, expected 1 where quantised is given")
     if y.numel() == 0:
         return y.new_zeros((rows, 2), dtype=torch.float64)
     length = y.numel() // rows

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rampde.kernels import operands
 from rampde.kernels.elementwise import advanced, rounded
-from rampde.kernels.fp8 import dequantised
 from rampde.kernels.launch import Launcher
 
 
@@ -19,29 +18,23 @@ def _stage_block(
     k_ptrs,
     stage_ptr,
     h_ptr,
-    scales_ptr,
-    numel,
     coefficients: tl.constexpr,
     accumulation: tl.constexpr,
     offsets,  # [BLOCK]
     mask,  # [BLOCK], or None for a full block
 ):
-    if scales_ptr is None:
-        base = tl.load(y_ptr + offsets, mask=mask).to(accumulation)
-    else:
-        base = dequantised(y_ptr, scales_ptr, numel, offsets, mask)
+    base = tl.load(y_ptr + offsets, mask=mask).to(accumulation)
     total = advanced(base, k_ptrs, h_ptr, coefficients, offsets, mask)
     tl.store(stage_ptr + offsets, rounded(total, stage_ptr.dtype.element_ty), mask=mask)
 
 
 # what changes from step to step must not make another kernel: see Launcher
-@triton.jit(do_not_specialize=["h_ptr", "scales_ptr", "numel"])
+@triton.jit(do_not_specialize=["h_ptr", "numel"])
 def rk_stage_kernel(
     y_ptr,
     k_ptrs,  # a tuple, one pointer per coefficient
     stage_ptr,
     h_ptr,
-    scales_ptr,  # or None, where y is in more than 8 bits
     numel: tl.int64,
     coefficients: tl.constexpr,
     accumulation: tl.constexpr,
@@ -51,33 +44,20 @@ def rk_stage_kernel(
     offsets = start + tl.arange(0, BLOCK)
     # a mask of unknown alignment splits every access into single elements, so only the last block has one
     if start + BLOCK <= numel:
-        _stage_block(y_ptr, k_ptrs, stage_ptr, h_ptr, scales_ptr, numel, coefficients, accumulation, offsets, None)
+        _stage_block(y_ptr, k_ptrs, stage_ptr, h_ptr, coefficients, accumulation, offsets, None)
     else:
-        _stage_block(
-            y_ptr, k_ptrs, stage_ptr, h_ptr, scales_ptr, numel, coefficients, accumulation, offsets, offsets < numel
-        )
+        _stage_block(y_ptr, k_ptrs, stage_ptr, h_ptr, coefficients, accumulation, offsets, offsets < numel)
 
 
 _launch = Launcher(rk_stage_kernel)
 
 
-def rk_stage(
-    y: Tensor,
-    k: Sequence[Tensor],
-    h: Tensor,
-    a: Sequence[float],
-    dtype: torch.dtype,
-    block_scales: Tensor | None = None,
-) -> Tensor:
+def rk_stage(y: Tensor, k: Sequence[Tensor], h: Tensor, a: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Input of a Runge-Kutta stage; :func:`rampde.eager.rk_stage` says what it means."""
-    operands.check_state("rk_stage", y, h, block_scales)
+    operands.check_state("rk_stage", y, h)
     operands.check_dtype("rk_stage", "dtype is", dtype)
     terms, coefficients = operands.used_terms("rk_stage", "k", y, k, a)
     stage = torch.empty_like(y, dtype=dtype)
-    if block_scales is None:
-        accumulation = operands.ACCUMULATION[y.dtype]
-    else:
-        y, accumulation = y.view(torch.uint8), tl.float32
     if stage.numel():
-        _launch(y, terms, (stage,), (h, block_scales), (), coefficients, accumulation)
+        _launch(y, terms, (stage,), (h,), (), coefficients, operands.ACCUMULATION[y.dtype])
     return stage

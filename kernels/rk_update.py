@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rampde import fp8_blocks
 from rampde.kernels import operands
-from rampde.kernels.elementwise import add_weighted, advanced, rounded, two_sum
-from rampde.kernels.fp8 import store_quantised
+from rampde.kernels.elementwise import add_weighted, nothing, rounded, two_sum
+from rampde.kernels.fp8 import dequantised, store_negated
 from rampde.kernels.launch import Launcher
 
 
@@ -46,12 +47,21 @@ def _update_block(
     offsets,  # [BLOCK]
     mask,  # [BLOCK], or None for a full block
 ):
-    base = tl.load(y_ptr + offsets, mask=mask).to(accumulation)
+    if y_ptr.dtype.element_ty == tl.uint8:
+        base = dequantised(y_ptr, scales_ptr, numel, accumulation, offsets, mask)
+    else:
+        base = tl.load(y_ptr + offsets, mask=mask).to(accumulation)
+    # the terms first: what is accumulated from step to step is rounded once in a step
     if compensation_ptr is None:
-        total = advanced(base, k_ptrs, h_ptr, coefficients, offsets, mask)
+        increment = nothing(base)
     else:
         increment = tl.load(compensation_ptr + offsets, mask=mask).to(accumulation)
-        increment = add_weighted(increment, k_ptrs, h_ptr, coefficients, offsets, mask)
+    increment = add_weighted(increment, k_ptrs, h_ptr, coefficients, offsets, mask)
+    if codes_ptr is not None:
+        store_negated(increment, codes_ptr, scales_ptr, seed, stochastic, numel, offsets, mask)
+    if compensation_ptr is None:
+        total = base + increment
+    else:
         total, lost = two_sum(base, increment)
         tl.store(compensation_ptr + offsets, rounded(lost, compensation_ptr.dtype.element_ty), mask=mask)
     stored = rounded(total, next_ptr.dtype.element_ty)
@@ -59,8 +69,6 @@ def _update_block(
     if checkpoint_ptr is not None:
         stored = rounded(total, checkpoint_ptr.dtype.element_ty)
         tl.store(checkpoint_ptr + offsets, stored, mask=mask)
-    if codes_ptr is not None:
-        store_quantised(total, codes_ptr, scales_ptr, seed, stochastic, numel, offsets, mask)
     if overflow_ptr is not None:
         _note_overflow(stored, overflow_ptr, step, mask)
 
@@ -76,7 +84,7 @@ def rk_update_kernel(
     codes_ptr,
     h_ptr,
     overflow_ptr,
-    scales_ptr,  # beside codes_ptr
+    scales_ptr,  # beside codes_ptr, or a y in 8 bits
     step: tl.int64,
     seed: tl.int64,
     numel: tl.int64,
@@ -118,10 +126,14 @@ def rk_update(
     seed: int | None = None,
 ) -> None:
     """End of a step; :func:`rampde.eager.rk_update` says what it means."""
-    operands.check_state("rk_update", y, h)
+    coded = y.dtype == fp8_blocks.CODES
+    if coded:
+        others = {"compensation": compensation, "quantised": quantised, "seed": seed}
+        fp8_blocks.check_read("rk_update", y, block_scales, **others)
+    operands.check_state("rk_update", y, h, coded)
     terms, coefficients = operands.used_terms("rk_update", "k", y, k, b)
     operands.check_output("rk_update", "y_next", y, y_next)
-    accumulation = operands.ACCUMULATION[y.dtype]
+    accumulation = operands.ACCUMULATION[y_next.dtype if coded else y.dtype]
     if checkpoint is not None:
         operands.check_output("rk_update", "checkpoint", y, checkpoint)
     if compensation is not None:
@@ -131,7 +143,9 @@ def rk_update(
     if overflow_step is not None:
         operands.check_counter("rk_update", "overflow_step", y, overflow_step)
     codes, word = None, 0
-    if quantised is not None or block_scales is not None:
+    if coded:
+        y = y.view(torch.uint8)
+    else:
         codes, word = operands.quantised_output("rk_update", y, quantised, block_scales, seed)
     if y.numel():
         outputs, cells = (y_next, checkpoint, compensation, codes), (h, overflow_step, block_scales)

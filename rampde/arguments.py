@@ -53,13 +53,13 @@ def read_arguments(
     atol: object,
     method: object,
     options: dict[str, Any] | None,
-    event_fn: Callable[[Tensor, Any], Tensor] | None,
     loss_scaler: object,
     velocity_dtype: torch.dtype | None,
-    checkpoint: object,
-    memory_budget: object,
     compensated: bool,
-    progress: bool,
+    checkpoint: object,
+    memory_budget: object = None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+    progress: bool = False,
 ) -> Request:
     """Checks the arguments, which mean what :func:`rampde.odeint` says, and makes the problem of them."""
     if not callable(func):

@@ -118,13 +118,10 @@ def odeint_dense(
         atol=atol,
         method=method,
         options=options,
-        event_fn=None,
         loss_scaler=loss_scaler,
         velocity_dtype=velocity_dtype,
-        checkpoint="tape",
-        memory_budget=None,
         compensated=compensated,
-        progress=False,
+        checkpoint="tape",
     )
     problem = request.problem
     if problem.closed is None and isinstance(problem.method, ButcherTableau):

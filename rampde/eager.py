@@ -14,7 +14,7 @@ name                shape, dtype                 meaning
 ``vjps``            as ``y``, any floating       vector-Jacobian products of the stages, times the scale
 ``h``               0-dim, float64 or float32    step size, negative in reverse time, on ``y``'s device
 ``scale_state``     (9,), float32                state of the loss scale, see :mod:`rampde.scaling`
-``quantised``       as ``y``, float8_e4m3fn      a state in 8 bits, see :mod:`rampde.fp8_blocks`, and
+``quantised``       as ``y``, float8_e4m3fn      a step in 8 bits, see :mod:`rampde.fp8_blocks`, and
 ``block_scales``    (ceil(numel/128),), float32  its scales; always given together
 ==================  ===========================  ======================================================
 
@@ -53,11 +53,14 @@ def _combine(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -
     return total
 
 
+def _nothing(like: Tensor) -> Tensor:
+    """Minus zero: what added to anything leaves it as it is."""
+    return torch.full_like(like, -0.0)
+
+
 def _advanced(base: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
     """As ``_combine``, the terms summed first: what is accumulated from step to step is rounded once in a step."""
-    # minus zero is what added to anything leaves it as it is
-    nothing = torch.full_like(base, -0.0)
-    return _combine(nothing, terms, factors).add_(base)
+    return _combine(_nothing(base), terms, factors).add_(base)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -75,44 +78,35 @@ def _used(terms: Sequence[Tensor], coefficients: Sequence[float]) -> tuple[list[
     return [term for term, _ in kept], [c for _, c in kept]
 
 
-def rk_stage(
-    y: Tensor,
-    k: Sequence[Tensor],
-    h: Tensor,
-    a: Sequence[float],
-    dtype: torch.dtype,
-    block_scales: Tensor | None = None,
-) -> Tensor:
-    """Input of a Runge-Kutta stage: ``X_i = round(y + h * sum_j a_ij k_j)`` in ``dtype``.
-
-    With ``block_scales``, and only then, ``y`` is a state in 8 bits.
-    """
-    if block_scales is not None or y.dtype == fp8_blocks.CODES:
-        codes, scales = fp8_blocks.checked("rk_stage", "y", y, block_scales, y)
-        y = fp8_blocks.dequantise(codes, scales, torch.float32)
+def rk_stage(y: Tensor, k: Sequence[Tensor], h: Tensor, a: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Input of a Runge-Kutta stage: ``X_i = round(y + h * sum_j a_ij k_j)`` in ``dtype``."""
     k, a = _used(k, a)
     return _advanced(y, k, _weights(h, a)).to(dtype)
 
 
-def _step(y: Tensor, k: Sequence[Tensor], h: Tensor, b: Sequence[float], compensation: Tensor | None) -> Tensor:
-    """``y + h * sum_i b_i k_i``, not rounded; ``compensation`` as :func:`rk_update` says."""
+def _step(
+    y: Tensor,
+    k: Sequence[Tensor],
+    h: Tensor,
+    b: Sequence[float],
+    compensation: Tensor | None,
+    written: tuple[Tensor, Tensor] | None,
+    seed: int | None,
+) -> Tensor:
+    """``y + h * sum_i b_i k_i``, not rounded; ``compensation`` and ``written``, 8 bits, as :func:`rk_update` says."""
     k, b = _used(k, b)
-    weights = _weights(h, b)
+    increment = _combine(_nothing(y) if compensation is None else compensation, k, _weights(h, b))
+    if written is not None:
+        backwards = torch.empty_like(written[0], dtype=torch.float32).copy_(increment).neg_()
+        for target, source in zip(written, fp8_blocks.quantise(backwards, seed), strict=True):
+            target.copy_(source)
     if compensation is None:
-        return _advanced(y, k, weights)
-    increment = _combine(compensation, k, weights)
+        return increment.add_(y)
     base = y.to(increment.dtype)
     total = base + increment
     shifted = total - base
     compensation.copy_((base - (total - shifted)) + (increment - shifted))
     return total
-
-
-def _write_quantised(total: Tensor, quantised: Tensor | None, block_scales: Tensor | None, seed: int | None) -> None:
-    if quantised is not None and block_scales is not None:
-        codes, scales = fp8_blocks.quantise(torch.empty_like(quantised, dtype=torch.float32).copy_(total), seed)
-        quantised.copy_(codes)
-        block_scales.copy_(scales)
 
 
 def rk_update(
@@ -134,16 +128,25 @@ def rk_update(
     ``checkpoint``, when given, receives ``y_next`` rounded to its own dtype. ``compensation`` carries the
     rounding error of the running sum from step to step (Kahan summation with Knuth's exact two-sum, TAOCP 2,
     4.2.2, theorem B). ``overflow_step``, a 0-dim int64, becomes ``min(overflow_step, step)`` when any element
-    of ``y_next``, or of ``checkpoint``, is not finite. ``quantised`` and ``block_scales`` receive ``y_next``,
-    as it is before it is rounded to its own dtype, in 8 bits: to nearest even, or with a ``seed`` at random.
+    of ``y_next``, or of ``checkpoint``, is not finite.
+
+    ``quantised`` and ``block_scales`` receive the step taken backwards, minus all that is added to ``y``, what
+    ``compensation`` carried included, in 8 bits: to nearest even, or with a ``seed`` at random. ``y`` may be what was
+    written so, with its ``block_scales``: it is read as the numbers that it stands for, so that the state after a step
+    as the one term, with a weight of 1, gives the state before it. Then sums have the dtype that belongs to
+    ``y_next``, and neither ``compensation`` nor ``quantised`` is given.
     """
-    if quantised is not None or block_scales is not None:
-        fp8_blocks.checked("rk_update", "quantised", quantised, block_scales, y)
-    total = _step(y, k, h, b, compensation)
+    written = None
+    if y.dtype == fp8_blocks.CODES:
+        others = {"compensation": compensation, "quantised": quantised, "seed": seed}
+        codes, scales = fp8_blocks.check_read("rk_update", y, block_scales, **others)
+        y = fp8_blocks.dequantise(codes, scales, accumulation_dtype(y_next.dtype))
+    else:
+        written = fp8_blocks.check_written("rk_update", y, quantised, block_scales, seed)
+    total = _step(y, k, h, b, compensation, written, seed)
     y_next.copy_(total)
     if checkpoint is not None:
         checkpoint.copy_(total)
-    _write_quantised(total, quantised, block_scales, seed)
     if overflow_step is not None:
         finite = torch.isfinite(y_next if checkpoint is None else checkpoint).all()
         overflow_step.copy_(torch.where(finite, overflow_step, overflow_step.clamp(max=step)))
@@ -174,11 +177,10 @@ def rk_error(
     ``roundoff^2 * sum_i (h e_i k_i / tolerance)^2``. The first is infinite, never NaN, when ``y_next`` or the error
     is not finite; an element that would not be finite adds nothing to the second. ``quantised`` needs ``rows`` of 1.
     """
-    if quantised is not None or block_scales is not None:
-        fp8_blocks.checked("rk_error", "quantised", quantised, block_scales, y)
-        if rows != 1:
-            raise ValueError(f"rk_error: rows is {rows}, expected 1 where quantised is given")
-    total = _step(y, k, h, b, compensation)
+    written = fp8_blocks.check_written("rk_error", y, quantised, block_scales, seed)
+    if written is not None and rows != 1:
+        raise ValueError(f"rk_error: rows is {rows}, expected 1 where quantised is given")
+    total = _step(y, k, h, b, compensation, written, seed)
     # the smallest normal number makes every weight finite, and 0 of 0 / 0
     smallest = torch.finfo(total.dtype).tiny
     weight = 1 / (rtol * torch.maximum(y.to(total.dtype).abs(), total.abs()) + (atol + smallest))
@@ -193,7 +195,6 @@ def rk_error(
         y_next.copy_(total)
     if checkpoint is not None:
         checkpoint.copy_(total)
-    _write_quantised(total, quantised, block_scales, seed)
     squares = _wide(ratio).square().nan_to_num(torch.inf, torch.inf)
     parts = _wide(share).nan_to_num(0.0, 0.0) * roundoff**2
     return torch.stack([_row_sums(x.reshape(rows, y.numel() // max(rows, 1))) for x in (squares, parts)], 1)

@@ -1,6 +1,9 @@
-"""States in 8 bits: one ``float8_e4m3fn`` code an element, and one scale for 128 of them.
+"""Steps in 8 bits: one ``float8_e4m3fn`` code an element, and one scale for 128 of them.
 
-A state of any dense layout is held as *codes*, of its shape and strides, and *scales*, float32 of shape
+What is held so is the step taken backwards, the state before it minus the state after: one known to a sixteenth of its
+size says more of the state before it than that state itself would in 8 bits, by as much as it is smaller.
+
+A step of any dense layout is held as *codes*, of its shape and strides, and *scales*, float32 of shape
 ``(ceil(numel / 128),)``: one for every 128 elements that are consecutive in memory, the last block may be short.
 An element is ``code * scale``, exactly, for scales are powers of two: the least ``2^p >= max|x| / 448`` with
 ``p >= -126``, over the finite elements of the block; 1 where these are all zero. What is not finite becomes NaN.
@@ -14,6 +17,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from rampde.precision import accumulation_dtype
 
 BLOCK = 128
 """Elements, consecutive in memory, that share a scale."""
@@ -31,7 +36,7 @@ Word = TypeVar("Word", int, Tensor)
 
 
 def empty_like(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales for a state like ``y``, uninitialised."""
+    """Codes and scales for a step from a state like ``y``, uninitialised."""
     return torch.empty_like(y, dtype=CODES), y.new_empty(-(-y.numel() // BLOCK), dtype=torch.float32)
 
 
@@ -57,9 +62,9 @@ def quantise(values: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The state that :func:`quantise` gave codes and scales to, in ``dtype``."""
+    """What :func:`quantise` gave codes and scales to, in ``dtype``, its products in the one that sums have."""
     values = torch.empty_like(codes, dtype=dtype)
-    blocks = _blocks(in_memory_order(codes).to(torch.float32)) * scales[:, None]
+    blocks = _blocks(in_memory_order(codes).to(accumulation_dtype(dtype))) * scales[:, None]
     in_memory_order(values).copy_(blocks.view(-1)[: codes.numel()])
     return values
 
@@ -79,6 +84,25 @@ def uniform(count: int, seed: int, device: torch.device) -> Tensor:
 def seed_word(seed: int) -> int:
     """What an int64 ``seed`` adds to the offsets: 32 bits, without order, so that seeds may be consecutive."""
     return _scrambled((seed & LOW_WORD) ^ _scrambled(seed >> 32 & LOW_WORD))
+
+
+def check_written(
+    op: str, y: Tensor, quantised: Tensor | None, block_scales: Tensor | None, seed: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """What an operator writes in 8 bits beside ``y``: codes and scales, or nothing where neither is given."""
+    if seed is not None and quantised is None:
+        raise ValueError(f"{op}: seed is {seed}, expected None without quantised")
+    if quantised is None and block_scales is None:
+        return None
+    return checked(op, "quantised", quantised, block_scales, y)
+
+
+def check_read(op: str, y: Tensor, block_scales: Tensor | None, **others: object) -> tuple[Tensor, Tensor]:
+    """The codes ``y`` and their scales, which an operator reads; ``others``, which say nothing then, must be None."""
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{op}: {name} is given, expected None where y has dtype {CODES}")
+    return checked(op, "y", y, block_scales, y)
 
 
 def checked(op: str, name: str, codes: Tensor | None, scales: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ MISSING = _ext.MISSING
 """Why the compiled operators are absent; empty when they are loaded."""
 
 SCHEMAS = {
-    "rk_stage": ("(Tensor y, Tensor[] k, Tensor h, float[] a, ScalarType dtype, Tensor? block_scales=None) -> Tensor"),
+    "rk_stage": "(Tensor y, Tensor[] k, Tensor h, float[] a, ScalarType dtype) -> Tensor",
     "rk_update": (
         "(Tensor y, Tensor[] k, Tensor h, float[] b, Tensor(a!) y_next, Tensor(b!)? checkpoint=None,"
         " Tensor(c!)? compensation=None, Tensor(d!)? overflow_step=None, int step=0,"

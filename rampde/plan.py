@@ -140,13 +140,10 @@ def plan_memory(
             atol=atol,
             method=method,
             options=options,
-            event_fn=None,
             loss_scaler=loss_scaler,
             velocity_dtype=velocity_dtype,
-            checkpoint="step",
-            memory_budget=None,
             compensated=compensated,
-            progress=False,
+            checkpoint="step",
         )
     problem = request.problem
     if not isinstance(problem.method, ButcherTableau):

@@ -54,10 +54,53 @@ def test_a_wrong_kernel_is_not_timed(
 ) -> None:
     from bench import kernels
 
-    monkeypatch.setattr(ops, "rk_stage", lambda y, k, h, a, dtype: (y * 1.01).to(dtype))
+    right = ops.rk_stage
+    monkeypatch.setattr(ops, "rk_stage", lambda *arguments: right(*arguments) * 1.01)
     arguments = ["--quick", "--device", "cpu", "--sizes", "1000", "--operators", "rk_stage"]
     assert kernels.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "rk_stage is wrong: error" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("torchdiffeq")
+    from bench import memory
+
+    arguments = ["--quick", "--device", "cpu", "--problems", "mlp", "--precision", "bf16"]
+    assert memory.main([*arguments, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "memory.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["solver"] for row in rows} == set(memory.make_solvers(4))
+    for row in rows:
+        assert 0 < float(row["held_mib"]) <= float(row["peak_mib"])
+        assert float(row["ms_low"]) <= float(row["ms"]) <= float(row["ms_high"])
+    four = {row["solver"]: row for row in rows if row["steps"] == "4"}
+    evaluations = {solver: (int(row["f_forward"]), int(row["f_backward"])) for solver, row in four.items()}
+    assert evaluations["rampde none"] == (16, 0)
+    assert evaluations["rampde stage"] == evaluations["rampde step"] == evaluations["torchdiffeq adjoint"] == (16, 16)
+    assert evaluations["rampde lean"] == (16, 28)
+    assert int(four["rampde log2 N + 1"]["steps_again"]) == 1
+    assert float(four["rampde step"]["saved_mib"]) < float(four["rampde none"]["saved_mib"]) / 4
+    assert 0.5 < float(four["rampde step"]["predicted_over_peak"]) < 2
+    record = json.loads((tmp_path / "memory.json").read_text())
+    assert len(record["rows"]) == len(rows)
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    assert "predictions over what was measured" in capsys.readouterr().out
+
+
+def test_memory_of_a_wrong_solver_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchdiffeq")
+    import rampde
+    from bench import memory
+
+    right = rampde.odeint
+    monkeypatch.setattr(rampde, "odeint", lambda func, y0, t, **options: 1.01 * right(func, y0, t, **options))
+    arguments = ["--quick", "--device", "cpu", "--problems", "mlp", "--precision", "fp32"]
+    assert memory.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "a gradient of rampde none is 0.01 from torchdiffeq's; nothing is timed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""States in 8 bits: the format itself, in plain ATen; each operator's test holds its backends against it."""
+"""Steps in 8 bits: the format itself, in plain ATen; each operator's test holds its backends against it."""
 
 import pytest
 import torch
@@ -139,6 +139,7 @@ def test_the_largest_floats_may_round_to_infinity() -> None:
     """As anything beyond the largest number does: in 8 bits the next one below 2^128 is 15/16 of it."""
     values = torch.tensor([torch.finfo(torch.float32).max, 1.9375 * 2.0**127, 1.93 * 2.0**127])
     assert dequantise(*quantise(values), torch.float32).tolist() == [torch.inf, torch.inf, 1.875 * 2.0**127]
+    assert dequantise(*quantise(values), torch.float64).tolist() == [2.0**128, 2.0**128, 1.875 * 2.0**127]
 
 
 @pytest.mark.parametrize("scale", [2.0**-126, 1.0, 2.0**100])

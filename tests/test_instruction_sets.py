@@ -27,7 +27,9 @@ for state in DTYPES:
             codes, scales = fp8_blocks.empty_like(y)
             ops.rk_update(y, k, h, b, total, None, compensation, None, 0, codes, scales, seed)
             outputs += [total.clone(), compensation.clone(), codes, scales]
-            outputs += [ops.rk_stage(codes, k, h, b, result, scales) for result in DTYPES]
+            for result in DTYPES:
+                outputs.append(y.to(result))
+                ops.rk_update(codes, k, h, b, outputs[-1], block_scales=scales)
         ops.adjoint_update(y, k, h, k[0], total, scaling)
         sums = [y.float(), y.double()]
         ops.accumulate_gradients(sums, [k[1], k[2], k[3], k[0]], h, scaling)
@@ -42,7 +44,7 @@ x = torch.randint(-(2**31), 2**31, (2**20,)).to(torch.int32).view(torch.float32)
 x = torch.cat([x, x.nan_to_num(0.0).clamp(-1e30, 1e30), random((2**20,), torch.float32)])
 for seed in (None, 5):
     codes, scales = fp8_blocks.empty_like(x)
-    ops.rk_update(x, [], h, [], torch.empty_like(x), quantised=codes, block_scales=scales, seed=seed)
+    ops.rk_update(x, [x], h, [-1.0], torch.empty_like(x), quantised=codes, block_scales=scales, seed=seed)
     digest.update(bytes_of(codes) + bytes_of(scales))
 print(digest.hexdigest())
 """

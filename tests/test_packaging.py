@@ -65,7 +65,7 @@ def files(folder: Path) -> set[str]:
 def test_wheel_holds_the_package_and_nothing_else(pure_wheel: tuple[str, Path]) -> None:
     name, site = pure_wheel
     assert name.endswith("-py3-none-any.whl")
-    expected = {f"rampde/{path.name}" for path in (ROOT / "rampde").glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "rampde").rglob("*.py")}
     expected |= {f"rampde/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     expected.add("rampde/py.typed")
     found = files(site)

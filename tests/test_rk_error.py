@@ -363,3 +363,11 @@ def test_errors_of_quantised_outputs(
         backend.rk_error(*arguments, quantised=quantised, block_scales=block_scales)
     # nothing was written
     assert not y_next.any()
+
+
+def test_a_seed_needs_something_to_round(backend: Backend) -> None:
+    y, h = torch.ones(4, 2, device=backend.device), scalar(0.1, backend.device)
+    y_next = torch.zeros_like(y)
+    with pytest.raises((RuntimeError, ValueError), match="rk_error: seed is 5, expected None without quantised"):
+        backend.rk_error(y, [y], h, [1.0], [0.5], RTOL, ATOL, ROUNDOFF, 1, y_next, seed=5)
+    assert not y_next.any()

@@ -2,22 +2,11 @@
 
 import pytest
 import torch
-from operands import (
-    DTYPES,
-    LAYOUTS,
-    OPCHECKS_IN_8_BITS,
-    SHAPES,
-    Backend,
-    assert_deterministic,
-    mixed,
-    random,
-    same_bits,
-    scalar,
-)
+from operands import DTYPES, LAYOUTS, SHAPES, Backend, assert_deterministic, mixed, random, same_bits, scalar
 from tolerance import assert_within_budget
 from torch import Tensor
 
-from rampde import eager, fp8_blocks, ops
+from rampde import eager, ops
 
 COEFFICIENTS = [0.5, -1.25, 0.1, 1 / 3, 2.0, -0.7, 0.01, 1.1] * 2
 
@@ -150,45 +139,6 @@ def test_velocity_may_be_the_state(backend: Backend) -> None:
     assert_within_budget(x, composed(y, [y, y], h, [1.0, 2.0], torch.float32), exact(y, [y, y], h, [1.0, 2.0]))
 
 
-@pytest.mark.parametrize("result", DTYPES)
-@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 1000, 1025, 40_001])
-def test_state_in_8_bits(backend: Backend, size: int, result: torch.dtype) -> None:
-    """As with the state that codes and scales stand for, in float32."""
-    codes, scales = fp8_blocks.quantise(random((size,), torch.float64, backend.device))
-    h, y = scalar(0.1, backend.device), fp8_blocks.dequantise(codes, scales, torch.float32)
-    for stages in (0, 1, 5):
-        k, a = mixed(stages, y), COEFFICIENTS[:stages]
-        assert same_bits([backend.rk_stage(codes, k, h, a, result, scales)], [backend.rk_stage(y, k, h, a, result)])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_state_in_8_bits_of_any_layout(backend: Backend, layout: str) -> None:
-    state = random(LAYOUTS[layout], torch.float32, backend.device, layout)
-    codes, scales = fp8_blocks.quantise(state)
-    # at offsets that no allocation has
-    memory = torch.empty(codes.numel() + 3, dtype=codes.dtype, device=backend.device)[3:]
-    codes = memory.as_strided(state.shape, state.stride()).copy_(codes)
-    scales = torch.empty(len(scales) + 1, device=backend.device)[1:].copy_(scales)
-    k, a, h = mixed(3, state), COEFFICIENTS[:3], scalar(0.1, backend.device)
-    x = backend.rk_stage(codes, k, h, a, torch.float16, scales)
-    y = fp8_blocks.dequantise(codes, scales, torch.float32)
-    assert x.stride() == state.stride()
-    assert same_bits([x], [backend.rk_stage(y, k, h, a, torch.float16)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_code_and_scale(backend: Backend, dtype: torch.dtype) -> None:
-    codes = torch.arange(256).to(torch.uint8).repeat(247).view(torch.float8_e4m3fn)
-    # a product beyond float32 is infinite
-    scales = torch.ones(2 * 247).ldexp(torch.arange(-126, 121).repeat_interleave(2))
-    exact = (codes.float() * scales.repeat_interleave(128)).to(dtype)
-    codes, scales, h = codes.to(backend.device), scales.to(backend.device), scalar(0.1, backend.device)
-    x = backend.rk_stage(codes, [], h, [], dtype, scales).cpu()
-    assert torch.equal(x.isnan(), exact.isnan())
-    assert int(exact.isnan().sum()) == 2 * 247
-    assert same_bits([x.nan_to_num(nan=0.0)], [exact.nan_to_num(nan=0.0)])
-
-
 def test_deterministic(backend: Backend) -> None:
     y, h = random((100_003,), torch.float32, backend.device), scalar(0.1, backend.device)
     k = mixed(4, y)
@@ -202,22 +152,12 @@ def test_opcheck(layout: str) -> None:
     torch.library.opcheck(ops.rk_stage, arguments)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck_of_a_state_in_8_bits(layout: str) -> None:
-    y = random(LAYOUTS["channels_last"], torch.float32, layout=layout)
-    codes, scales = fp8_blocks.quantise(y)
-    arguments = (codes, mixed(3, y), scalar(0.1, "cpu"), COEFFICIENTS[:3], torch.float16, scales)
-    torch.library.opcheck(ops.rk_stage, arguments, test_utils=OPCHECKS_IN_8_BITS)
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_into_one_graph(dynamic: bool) -> None:
     torch.compiler.reset()
 
     def step(y: Tensor, k: Tensor, h: Tensor) -> Tensor:
-        codes, scales = fp8_blocks.quantise(y)
-        coarse = ops.rk_stage(codes, [k], h, [0.5], torch.bfloat16, scales)
-        return ops.rk_stage(y * 2, [k, k + 1], h, [0.5, 0.25], torch.bfloat16) + coarse
+        return ops.rk_stage(y * 2, [k, k + 1], h, [0.5, 0.25], torch.bfloat16) + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     y, k, h = random((12,), torch.float32), random((12,), torch.float16), scalar(0.1, "cpu")
@@ -227,9 +167,6 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
 def test_meta_tensors_show_shape_strides_and_dtype() -> None:
     y = torch.empty(LAYOUTS["channels_last"], device="meta").to(memory_format=torch.channels_last)
     x = ops.rk_stage(y, [y], torch.empty((), device="meta"), [1.0], torch.float16)
-    assert (x.shape, x.stride(), x.dtype, x.device.type) == (y.shape, y.stride(), torch.float16, "meta")
-    codes, scales = fp8_blocks.empty_like(y)
-    x = ops.rk_stage(codes, [y], torch.empty((), device="meta"), [1.0], torch.float16, scales)
     assert (x.shape, x.stride(), x.dtype, x.device.type) == (y.shape, y.stride(), torch.float16, "meta")
 
 
@@ -265,26 +202,3 @@ def test_errors_name_argument_found_and_expected(change: dict, message: str) -> 
     with pytest.raises(RuntimeError) as error:
         ops.rk_stage(**arguments)
     assert str(error.value).startswith("rampde::rk_stage: " + message)
-
-
-CODES, SCALES = torch.zeros(4, 2).to(torch.float8_e4m3fn), torch.zeros(1)
-
-
-@pytest.mark.parametrize(
-    ("y", "block_scales", "message"),
-    [
-        (CODES, None, "block_scales is None, expected the scales of y, which is in .*float8_e4m3fn"),
-        (torch.zeros(4, 2), SCALES, "y has dtype .*float32, expected .*float8_e4m3fn beside block_scales"),
-        (CODES.view(torch.uint8), SCALES, "y has dtype .*, expected .*float8_e4m3fn beside block_scales"),
-        (CODES[:, ::2], SCALES, "y .*expected a dense tensor"),
-        (CODES, SCALES.half(), "block_scales .*float16.*, expected .*float32"),
-        (CODES, torch.zeros(2), r"block_scales .*shape .2.*, expected .*1.*, one for each 128 elements"),
-        (CODES, torch.zeros(1, 1), r"block_scales .*shape .1, 1.*, expected .*1.*, one for each 128 elements"),
-        (torch.zeros(300).to(CODES.dtype), torch.zeros(6)[::2], "block_scales .*expected it contiguous"),
-    ],
-    ids=lambda value: value[:40] if isinstance(value, str) else "",
-)
-def test_errors_of_states_in_8_bits(backend: Backend, y: Tensor, block_scales: Tensor | None, message: str) -> None:
-    y, block_scales = (None if x is None else x.to(backend.device) for x in (y, block_scales))
-    with pytest.raises((RuntimeError, ValueError), match="rk_stage: " + message):
-        backend.rk_stage(y, [], scalar(0.1, backend.device), [], torch.float16, block_scales)

@@ -10,7 +10,7 @@ namespace rampde::cpu {
 // elements of a block: 8 KiB of float64 sums leave room for the operand in 32 KiB of cache
 inline constexpr int64_t kBlock = 1024;
 
-// elements, consecutive in memory, that share a scale of a state in 8 bits
+// elements, consecutive in memory, that share a scale of a step in 8 bits
 inline constexpr int64_t kScaleBlock = 128;
 
 // Sums in Accumulator, float or double; arrays of functions are indexed by DType.
@@ -20,6 +20,8 @@ struct SumKernels {
   void (*load[4])(Accumulator* sums, const void* x, int64_t count);
   // sums[i] += factor * x[i]
   void (*add_scaled[4])(Accumulator* sums, const void* x, Accumulator factor, int64_t count);
+  // sums[i] += codes[i] * scales[i / kScaleBlock], both as in rampde.fp8_blocks
+  void (*add_quantised)(Accumulator* sums, const void* codes, const float* scales, int64_t count);
   // x[i] = sums[i], rounded to nearest even
   void (*store[4])(void* x, const Accumulator* sums, int64_t count);
   // base[i] + increment[i] = exactly base[i] + increment[i] before: the sum and its rounding error
@@ -45,13 +47,11 @@ struct Kernels {
   // sums[2 * r] = the sum over row r of x, of shape [rows, length], in one order on every
   // processor; x is used up
   void (*sum_rows)(double* sums, double* x, int64_t rows, int64_t length);
-  // sums[i] += codes[i] * scales[i / kScaleBlock], both as in rampde.fp8_blocks
-  void (*add_quantised)(float* sums, const void* codes, const float* scales, int64_t count);
-  // the scales of x, and its codes rounded to nearest even
-  void (*quantise)(void* codes, float* scales, const float* x, int64_t count);
+  // the scales of -x, and its codes rounded to nearest even
+  void (*quantise_negated)(void* codes, float* scales, const float* x, int64_t count);
   // rounded at random; x begins at offset `begin` of its tensor, a multiple of kBlock
-  void (*quantise_randomly)(void* codes, float* scales, const float* x, int64_t seed, int64_t begin,
-                            int64_t count);
+  void (*quantise_negated_randomly)(void* codes, float* scales, const float* x, int64_t seed,
+                                    int64_t begin, int64_t count);
 };
 
 extern const Kernels kBaselineKernels;

@@ -259,11 +259,13 @@ void sum_rows(double* sums, double* x, int64_t rows, int64_t length) {
   }
 }
 
-void add_quantised(float* sums, const void* source, const float* scales, int64_t count) {
+template <class Accumulator>
+void add_quantised(Accumulator* sums, const void* source, const float* scales, int64_t count) {
   const Float8* codes = static_cast<const Float8*>(source);
   for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
     const int64_t length = count - begin < kScaleBlock ? count - begin : kScaleBlock;
-    add_scaled<float, Float8>(sums + begin, codes + begin, scales[begin / kScaleBlock], length);
+    const auto scale = static_cast<Accumulator>(scales[begin / kScaleBlock]);
+    add_scaled<Accumulator, Float8>(sums + begin, codes + begin, scale, length);
   }
 }
 
@@ -315,6 +317,7 @@ uint32_t largest_bits(const float* __restrict x, int64_t count) {
   return largest;
 }
 
+// The codes of -x.
 template <bool all_finite, class Rounding>
 void encode(const Rounding& rounding, Float8* __restrict codes, const float* __restrict x,
             float inverse_scale, int64_t begin, int64_t count) {
@@ -327,7 +330,7 @@ void encode(const Rounding& rounding, Float8* __restrict codes, const float* __r
     const uint32_t binade = floored > (127 - 6) << 23 ? floored : (127 - 6) << 23;
     // the first code of a binade has eight quanta
     const uint32_t code = (binade >> 20) - ((127 - 6) << 3) + rounding(scaled, binade, begin + i);
-    uint32_t bits = code | (bits_as<uint32_t>(x[i]) >> 24 & 0x80);
+    uint32_t bits = code | (~bits_as<uint32_t>(x[i]) >> 24 & 0x80);
     if constexpr (!all_finite) bits = select(is_finite(x[i]), bits, 0x7f);
     codes[i].bits = static_cast<uint8_t>(bits);
   }
@@ -353,12 +356,12 @@ void quantise_with(const Rounding& rounding, void* target, float* scales, const 
   }
 }
 
-void quantise(void* codes, float* scales, const float* x, int64_t count) {
+void quantise_negated(void* codes, float* scales, const float* x, int64_t count) {
   quantise_with(ToNearest{}, codes, scales, x, count);
 }
 
-void quantise_randomly(void* codes, float* scales, const float* x, int64_t seed, int64_t begin,
-                       int64_t count) {
+void quantise_negated_randomly(void* codes, float* scales, const float* x, int64_t seed,
+                               int64_t begin, int64_t count) {
   quantise_with(AtRandom(seed, begin), codes, scales, x, count);
 }
 
@@ -380,6 +383,7 @@ constexpr SumKernels<Accumulator> sum_kernels() {
   return {
       {load<A, double>, load<A, float>, load<A, Half>, load<A, BFloat16>},
       {add_scaled<A, double>, add_scaled<A, float>, add_scaled<A, Half>, add_scaled<A, BFloat16>},
+      add_quantised<A>,
       {store<A, double>, store<A, float>, store<A, Half>, store<A, BFloat16>},
       two_sum<A>,
       weigh<A>,
@@ -393,9 +397,8 @@ constexpr Kernels all_kernels() {
           sum_kernels<double>(),
           {largest<uint64_t>, largest<uint32_t>, largest<uint16_t>, largest<uint16_t>},
           sum_rows,
-          add_quantised,
-          quantise,
-          quantise_randomly};
+          quantise_negated,
+          quantise_negated_randomly};
 }
 
 }  // namespace

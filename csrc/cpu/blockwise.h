@@ -103,20 +103,6 @@ void advance(Accumulator* total, const Operand& base, const Terms& terms, double
   add_scaled(total, base, 1.0, begin, count);
 }
 
-// `total = y + h * sum_j coefficient_j * term_j`; `lost`, where given, carries what the sum rounds
-// away
-template <class Accumulator>
-void step(Accumulator* total, const Operand& y, const Terms& terms, double h,
-          const std::optional<Output>& lost, int64_t begin, int64_t count) {
-  if (!lost) return advance(total, y, terms, h, begin, count);
-  load(total, y, begin, count);
-  Accumulator increment[kBlock];
-  load(increment, Operand{lost->data, lost->dtype}, begin, count);
-  add_terms(increment, terms, h, begin, count);
-  sum_kernels<Accumulator>().two_sum(total, increment, count);
-  store(*lost, increment, begin, count);
-}
-
 inline double read_scalar(const Operand& x) {
   return x.dtype == DType::Float64 ? *static_cast<const double*>(x.data)
                                    : static_cast<double>(*static_cast<const float*>(x.data));

@@ -1,8 +1,9 @@
-// States in 8 bits, codes and block scales as in rampde.fp8_blocks: their checks, and how the
-// operators read and write them.
+// Steps in 8 bits, codes and block scales as in rampde.fp8_blocks: their checks, and how the
+// operators that end a step read and write them.
 
 #pragma once
 
+#include <initializer_list>
 #include <optional>
 
 #include "blockwise.h"
@@ -17,9 +18,11 @@ struct QuantisedOperand {
   const float* scales;
 };
 
+// rounded at random where there is a seed
 struct QuantisedOutput {
   uint8_t* codes;
   float* scales;
+  std::optional<int64_t> seed;
 };
 
 // Codes, named by `argument`, and block scales are both given, and laid out for the state.
@@ -45,10 +48,20 @@ inline void check_quantised(const Argument& argument, const Tensor* codes, const
   check_device(of_scales, *scales, state_name, state);
 }
 
-// The state itself, where it is in 8 bits or has block scales.
+struct Given {
+  const char* name;
+  bool given;
+};
+
+// The state, where it is a step in 8 bits instead; the others say nothing then, and must be absent.
 inline std::optional<QuantisedOperand> read_quantised(const Argument& argument, const Tensor& state,
-                                                      const std::optional<Tensor>& scales) {
-  if (!scales && state.dtype_number() != aoti_torch_dtype_float8_e4m3fn()) return std::nullopt;
+                                                      const std::optional<Tensor>& scales,
+                                                      std::initializer_list<Given> others) {
+  if (state.dtype_number() != aoti_torch_dtype_float8_e4m3fn()) return std::nullopt;
+  for (const Given& other : others) {
+    check(!other.given, Argument{argument.op, other.name}, " is given, expected None where ",
+          argument.name, " has dtype ", DTypeName{state.dtype_number()});
+  }
   check_quantised(argument, &state, scales ? &*scales : nullptr, argument.name, state);
   return QuantisedOperand{static_cast<const uint8_t*>(state.data()),
                           static_cast<const float*>(scales->data())};
@@ -58,35 +71,60 @@ inline std::optional<QuantisedOperand> read_quantised(const Argument& argument, 
 inline std::optional<QuantisedOutput> write_quantised(const Argument& argument,
                                                       const std::optional<Tensor>& codes,
                                                       const std::optional<Tensor>& scales,
+                                                      const std::optional<int64_t>& seed,
                                                       const char* state_name, const Tensor& state) {
+  check(codes || !seed, Argument{argument.op, "seed"}, " is ", seed.value_or(0),
+        ", expected None without ", argument.name);
   if (!codes && !scales) return std::nullopt;
   check_quantised(argument, codes ? &*codes : nullptr, scales ? &*scales : nullptr, state_name,
                   state);
   return QuantisedOutput{static_cast<uint8_t*>(codes->mutable_data()),
-                         static_cast<float*>(scales->mutable_data())};
+                         static_cast<float*>(scales->mutable_data()), seed};
 }
 
-inline void advance(float* total, const QuantisedOperand& base, const Terms& terms, double factor,
-                    int64_t begin, int64_t count) {
-  sum_terms(total, terms, factor, begin, count);
-  kernels().add_quantised(total, base.codes + begin, base.scales + begin / kScaleBlock, count);
-}
-
-// By way of float; at random where there is a seed.
 template <class Accumulator>
-void store(const QuantisedOutput& x, const std::optional<int64_t>& seed, const Accumulator* sums,
-           int64_t begin, int64_t count) {
+void advance(Accumulator* total, const QuantisedOperand& base, const Terms& terms, double factor,
+             int64_t begin, int64_t count) {
+  sum_terms(total, terms, factor, begin, count);
+  sum_kernels<Accumulator>().add_quantised(total, base.codes + begin,
+                                           base.scales + begin / kScaleBlock, count);
+}
+
+// Minus the sums, by way of float.
+template <class Accumulator>
+void store_negated(const QuantisedOutput& x, const Accumulator* sums, int64_t begin,
+                   int64_t count) {
   uint8_t* const codes = x.codes + begin;
   float* const scales = x.scales + begin / kScaleBlock;
   if constexpr (std::is_same_v<Accumulator, double>) {
     float narrowed[kBlock];
     store(Output{narrowed, DType::Float32}, sums, 0, count);
-    store(x, seed, narrowed, begin, count);
-  } else if (seed) {
-    kernels().quantise_randomly(codes, scales, sums, *seed, begin, count);
+    store_negated(x, narrowed, begin, count);
+  } else if (x.seed) {
+    kernels().quantise_negated_randomly(codes, scales, sums, *x.seed, begin, count);
   } else {
-    kernels().quantise(codes, scales, sums, count);
+    kernels().quantise_negated(codes, scales, sums, count);
   }
+}
+
+// `total = y + h * sum_j coefficient_j * term_j`; `lost`, where given, carries what the sum rounds
+// away, and `backwards` receives minus all that is added to `y`
+template <class Accumulator>
+void step(Accumulator* total, const Operand& y, const Terms& terms, double h,
+          const std::optional<Output>& lost, const std::optional<QuantisedOutput>& backwards,
+          int64_t begin, int64_t count) {
+  if (!lost) {
+    sum_terms(total, terms, h, begin, count);
+    if (backwards) store_negated(*backwards, total, begin, count);
+    return add_scaled(total, y, 1.0, begin, count);
+  }
+  load(total, y, begin, count);
+  Accumulator increment[kBlock];
+  load(increment, Operand{lost->data, lost->dtype}, begin, count);
+  add_terms(increment, terms, h, begin, count);
+  if (backwards) store_negated(*backwards, increment, begin, count);
+  sum_kernels<Accumulator>().two_sum(total, increment, count);
+  store(*lost, increment, begin, count);
 }
 
 }  // namespace rampde::cpu

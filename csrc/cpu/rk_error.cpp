@@ -92,9 +92,9 @@ Tensor rk_error(const Tensor& y, const TensorList& k, const Tensor& h, const std
   if (y_next) next = write_operand({op, "y_next"}, *y_next, "y", y);
   if (checkpoint) saved = write_operand({op, "checkpoint"}, *checkpoint, "y", y);
   if (compensation) lost = write_operand({op, "compensation"}, *compensation, "y", y);
-  const std::optional<QuantisedOutput> codes =
-      write_quantised({op, "quantised"}, quantised, block_scales, "y", y);
-  check(!codes || rows == 1, "rampde::", op, ": rows is ", rows,
+  const std::optional<QuantisedOutput> backwards =
+      write_quantised({op, "quantised"}, quantised, block_scales, seed, "y", y);
+  check(!backwards || rows == 1, "rampde::", op, ": rows is ", rows,
         ", expected 1 where quantised is given");
 
   Tensor result = y.empty_matrix(rows, 2, aoti_torch_dtype_float64());
@@ -109,14 +109,13 @@ Tensor rk_error(const Tensor& y, const TensorList& k, const Tensor& h, const std
     for_each_piece(pieces.count, [&](int64_t piece) {
       const int64_t begin = pieces.begin(piece), count = pieces.end(piece) - begin;
       Accumulator total[kBlock];
-      step(total, base, in_step, step_size, lost, begin, count);
+      step(total, base, in_step, step_size, lost, backwards, begin, count);
       Errors<Accumulator> errors;
       errors.start(base, total, rtol, atol, begin, count);
       errors.add(in_error, step_size, begin, count);
       // last, since y and the velocities may be the output itself
       if (next) store(*next, total, begin, count);
       if (saved) store(*saved, total, begin, count);
-      if (codes) store(*codes, seed, total, begin, count);
       const int64_t lines = std::max<int64_t>(1, count / length);
       errors.sum(&partial[2 * piece * pieces.rows_each], lines, count / lines);
     });

@@ -13,7 +13,12 @@ void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std:
                const std::optional<Tensor>& quantised, const std::optional<Tensor>& block_scales,
                const std::optional<int64_t>& seed) {
   constexpr const char* op = "rk_update";
-  const DType state_dtype = check_state({op, "y"}, y);
+  const std::optional<QuantisedOperand> coded =
+      read_quantised({op, "y"}, y, block_scales,
+                     {{"compensation", compensation.has_value()},
+                      {"quantised", quantised.has_value()},
+                      {"seed", seed.has_value()}});
+  const DType state_dtype = coded ? DType::Other : check_state({op, "y"}, y);
   Terms terms;
   read_terms(terms, {op, "k"}, k, "b", b, "y", y);
   const double step_size = read_scalar(read_step_size(op, h, "y", y));
@@ -22,8 +27,8 @@ void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std:
   std::optional<Output> saved, error;
   if (checkpoint) saved = write_operand({op, "checkpoint"}, *checkpoint, "y", y);
   if (compensation) error = write_operand({op, "compensation"}, *compensation, "y", y);
-  const std::optional<QuantisedOutput> codes =
-      write_quantised({op, "quantised"}, quantised, block_scales, "y", y);
+  std::optional<QuantisedOutput> backwards;
+  if (!coded) backwards = write_quantised({op, "quantised"}, quantised, block_scales, seed, "y", y);
   if (overflow_step) {
     const Argument argument{op, "overflow_step"};
     check(overflow_step->dim() == 0, argument, " has shape ", Shape{*overflow_step},
@@ -34,13 +39,17 @@ void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std:
 
   const Output& checked = saved ? *saved : next;
   std::atomic<bool> finite{true};
-  with_accumulator(error ? error->dtype : state_dtype, [&]<class Accumulator>() {
+  const DType decides = error ? error->dtype : coded ? next.dtype : state_dtype;
+  with_accumulator(decides, [&]<class Accumulator>() {
     for_each_block(y.numel(), [&](int64_t begin, int64_t count) {
       Accumulator sums[kBlock];
-      cpu::step(sums, base, terms, step_size, error, begin, count);
+      if (coded) {
+        advance(sums, *coded, terms, step_size, begin, count);
+      } else {
+        cpu::step(sums, base, terms, step_size, error, backwards, begin, count);
+      }
       store(next, sums, begin, count);
       if (saved) store(*saved, sums, begin, count);
-      if (codes) store(*codes, seed, sums, begin, count);
       if (overflow_step && !all_finite(at(checked, begin), checked.dtype, count)) {
         finite.store(false, std::memory_order_relaxed);
       }

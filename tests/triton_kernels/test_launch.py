@@ -119,8 +119,9 @@ def test_seeds_and_rows_of_checkpoints_share_one_compilation(
         quantised = codes[step], scales[step]
         rk_update(y, k, h, [0.5], y, None, None, None, step, *quantised, seed)
         rk_error(y, k, h, [0.5], [0.1], 1e-3, 1e-5, 0.0, 1, y, None, None, *quantised, seed)
-        rk_stage(quantised[0], k, h, [0.5], torch.float16, quantised[1])
-    assert [compilations(kernel) for kernel in KERNELS.values()] == [1, 1, 1]
+        rk_update(quantised[0], [y], h, [1.0], y, None, None, None, step, None, quantised[1])
+    # what reads a step is another kernel than what writes it
+    assert [compilations(kernel) for kernel in KERNELS.values()] == [0, 2, 1]
 
 
 def test_outputs_in_8_bits_compile_anew(driver: StandInDriver) -> None:
@@ -135,11 +136,12 @@ def test_outputs_in_8_bits_compile_anew(driver: StandInDriver) -> None:
     rk_update(y, [y], h, [0.5], y, **outputs, seed=6)
     assert fp8_blocks.seed_word(6) in [argument for argument in driver.launches[-1] if isinstance(argument, int)]
     assert compilations(rk_update_kernel) == 3
-    for state, scales in ((y, None), (outputs["quantised"], outputs["block_scales"])):
-        before = compilations(rk_stage_kernel)
+    # so does what reads them, as bytes, for each dtype in which sums are formed
+    for count, result in enumerate((y, y.double()), 4):
         for _ in range(2):
-            rk_stage(state, [y], h, [0.5], torch.float16, scales)
-        assert compilations(rk_stage_kernel) == before + 1
+            rk_update(outputs["quantised"], [y], h, [0.5], result, block_scales=outputs["block_scales"])
+        assert compilations(rk_update_kernel) == count
+        assert torch.uint8 in [x.dtype for x in driver.launches[-1] if isinstance(x, Tensor)]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ CAPABILITIES = (80, 90, 100)
 THREADS = 32 * OPTIONS["num_warps"]
 NUMBERS = ("rtol", "atol", "roundoff")
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-# of a state in 8 bits
+# of a step in 8 bits
 CODES = "u8"
 
 
@@ -61,6 +61,11 @@ class Case(NamedTuple):
         return tuple((-1) ** j / (3 + j) for j in range(self.terms * (2 if self.error else 1)))
 
     @property
+    def accumulated(self) -> str:
+        """The dtype in which sums are formed."""
+        return "fp64" if (self.output if self.y == CODES else self.y) == "fp64" else "fp32"
+
+    @property
     def loaded(self) -> list[str]:
         return [dtype for dtype in (self.y, *[self.k] * self.terms, self.compensation) if dtype and dtype != CODES]
 
@@ -82,8 +87,9 @@ CASES = (
     Case("fp32", "fp16", 13, "fp32", error=True, checkpoint="fp16", compensation="fp32"),
     Case("fp32", "fp32", 4, "fp32", error=True),
     Case("fp64", "fp64", 7, "fp64", error=True),
-    Case("u8", "bf16", 3, "bf16"),
-    Case("u8", "fp32", 0, "fp32"),
+    Case("u8", "fp32", 1, "fp32", update=True, checkpoint="bf16", overflow=True),
+    Case("u8", "fp64", 1, "fp64", update=True, checkpoint="fp16"),
+    Case("u8", "fp32", 0, "fp32", update=True),
     Case("fp32", "bf16", 4, "fp32", update=True, overflow=True, quantised="nearest"),
     Case("fp32", "fp16", 16, "fp32", update=True, compensation="fp32", overflow=True, quantised="random"),
     Case("fp64", "fp64", 4, "fp64", update=True, checkpoint="fp64", compensation="fp64", quantised="random"),
@@ -125,7 +131,7 @@ def compile_offline(case: Case, capability: int) -> Any:
     }
     constants = {
         "coefficients": case.coefficients,
-        "accumulation": tl.float64 if case.y == "fp64" else tl.float32,
+        "accumulation": tl.float64 if case.accumulated == "fp64" else tl.float32,
         "stochastic": case.quantised == "random",
         "LENGTH": case.length,
         "WIDTH": min(BLOCK, case.length or BLOCK),
@@ -228,7 +234,7 @@ def test_rounding_is_to_nearest_even(compiled: Compiled) -> None:
 
 def test_sums_are_neither_contracted_nor_reassociated(compiled: Compiled) -> None:
     case = compiled.case
-    accumulated = "f64" if case.y == "fp64" else "f32"
+    accumulated = case.accumulated.replace("p", "")
     # one copy of the code for full blocks and one for the last; without compensation the first term starts the sum of
     # them, and one addition more reaches the state; the two-sum has two sums and four differences
     copies = (1 if case.length else 2) * BLOCK // THREADS

@@ -279,7 +279,6 @@ def test_quantised_outputs_are_the_oracles_to_the_bit(size: int, y_dtype: torch.
                 outcomes.append([y_next, *quantised])
         for outcome in outcomes[1:]:
             assert_same_bits(outcome, outcomes[0])
-        assert_same_bits(outcomes[0][1:], fp8_blocks.quantise(outcomes[0][0], seed))
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
@@ -292,60 +291,71 @@ def test_quantised_special_values(y_dtype: torch.dtype, seed: int | None) -> Non
     special += [torch.full((128,), value, dtype=torch.float64) for value in (torch.nan, torch.inf, -torch.inf)]
     special += [torch.where(torch.rand(128) < 0.5, normal, value) for value in (torch.nan, -torch.inf, 1e300)]
     special += [(torch.arange(256) + 0.5) / 2**9, 448 * torch.arange(3, dtype=torch.float64)]
-    y = torch.cat(special).to(y_dtype)
-    quantised = fp8_blocks.empty_like(y)
+    change = torch.cat(special).to(y_dtype)
+    y, quantised = torch.ones_like(change), fp8_blocks.empty_like(change)
+    rk_update(y, [change], step_size(1.0), [-1.0], torch.empty_like(y), None, None, None, 0, *quantised, seed)
+    assert_same_bits(quantised, fp8_blocks.quantise(change, seed))
     rk_update(y, [], step_size(), [], torch.empty_like(y), None, None, None, 0, *quantised, seed)
-    assert_same_bits(quantised, fp8_blocks.quantise(y, seed))
+    assert_same_bits(quantised, fp8_blocks.quantise(torch.zeros_like(y), seed))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_quantised_layouts(layout: str) -> None:
     y, k = LAYOUTS[layout](torch.randn(2, 3, 5, 7)), [torch.randn(2, 3, 5, 7, dtype=torch.float16)]
     y_next, expected = torch.empty_like(y), fp8_blocks.empty_like(y)
-    rk_update(y, k, step_size(), [0.5], y_next, quantised=expected[0], block_scales=expected[1], seed=5)
-    assert_same_bits(expected, fp8_blocks.quantise(y_next, 5))
+    eager.rk_update(y, k, step_size(), [0.5], y_next, quantised=expected[0], block_scales=expected[1], seed=5)
     codes = torch.zeros(y.numel() + 1, dtype=torch.float8_e4m3fn)[1:].as_strided(y.shape, y.stride())
     scales = torch.zeros(len(expected[1]) + 1)[1:]
     rk_update(y, k, step_size(), [0.5], y_next, quantised=codes, block_scales=scales, seed=5)
     assert_same_bits([codes, scales], expected)
-    for state in (codes, expected[0]):
-        stage = rk_stage(state, k, step_size(), [0.5], torch.float32, scales)
-        assert stage.stride() == y.stride()
-        assert_same_bits([stage], [eager.rk_stage(state, k, step_size(), [0.5], torch.float32, scales)])
+    for step in (codes, expected[0]):
+        found, independent = update_both(
+            step, [y_next], step_size(1.0), [1.0], y_next=torch.empty_like(y), block_scales=scales
+        )
+        assert_same_bits([found["y_next"]], [independent["y_next"]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("size", QUANTISED_SIZES)
-def test_stage_of_a_state_in_8_bits(size: int, dtype: torch.dtype) -> None:
-    quantised = fp8_blocks.quantise(torch.randn(size))
+def test_a_step_in_8_bits_is_read(size: int, dtype: torch.dtype) -> None:
+    codes, scales = fp8_blocks.quantise(torch.randn(size))
     k = [torch.randn(size).to(k_dtype) for k_dtype in DTYPES]
     for count in (0, 1, 4):
-        arguments = (k[:count], step_size(), coefficients(count), dtype, quantised[1])
-        assert_same_bits([rk_stage(quantised[0], *arguments)], [eager.rk_stage(quantised[0], *arguments)])
+        outputs = {"y_next": torch.empty(size, dtype=dtype), "checkpoint": torch.empty(size, dtype=torch.float16)}
+        found, independent = update_both(
+            codes, k[:count], step_size(), coefficients(count), block_scales=scales, **outputs
+        )
+        for name in outputs:
+            assert_same_bits([found[name]], [independent[name]])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in multiply")
-def test_every_code_and_scale() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_code_and_scale(dtype: torch.dtype) -> None:
     codes = torch.arange(256).to(torch.uint8).repeat(247).view(torch.float8_e4m3fn)
     scales = torch.ones(2 * 247).ldexp(torch.arange(-126, 121).repeat_interleave(2))
-    found = rk_stage(codes, [], step_size(), [], torch.float32, scales)
-    expected = fp8_blocks.dequantise(codes, scales, torch.float32)
+    found, expected = torch.empty(codes.shape, dtype=dtype), fp8_blocks.dequantise(codes, scales, dtype)
+    rk_update(codes, [], step_size(), [], found, block_scales=scales)
     assert torch.equal(found.isnan(), expected.isnan())
     assert_same_bits([found.nan_to_num(0.0)], [expected.nan_to_num(0.0)])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_quantised_overflow_and_nothing() -> None:
-    y = torch.full((300,), 70000.0)
+    y, k = torch.full((300,), 70000.0), torch.randn(300)
     codes, scales = fp8_blocks.empty_like(y)
     overflow, checkpoint = torch.tensor(9), torch.empty(300, dtype=torch.float16)
-    rk_update(y, [], step_size(), [], torch.empty_like(y), checkpoint, None, overflow, 5, codes, scales)
+    rk_update(y, [k], step_size(1.0), [-1.0], torch.empty_like(y), checkpoint, None, overflow, 5, codes, scales)
     assert overflow.item() == 5
-    assert_same_bits([codes, scales], fp8_blocks.quantise(y))
+    assert_same_bits([codes, scales], fp8_blocks.quantise(k))
+    rk_update(
+        codes, [y], step_size(1.0), [1.0], torch.empty_like(y), checkpoint, None, overflow, 2, block_scales=scales
+    )
+    assert overflow.item() == 2
     y = torch.empty(0, 3)
     codes, scales = fp8_blocks.empty_like(y)
     rk_update(y, [], step_size(), [], torch.empty_like(y), quantised=codes, block_scales=scales)
-    assert rk_stage(codes, [y], step_size(), [1.0], torch.float16, scales).shape == (0, 3)
+    rk_update(codes, [y], step_size(), [1.0], torch.empty_like(y), block_scales=scales)
 
 
 def error_both(
@@ -455,6 +465,9 @@ def test_errors_say_what_was_found_and_expected() -> None:
     def error(y: Tensor, k: list[Tensor], b: list[float], e: list[float], *others: object) -> Tensor:
         return rk_error(y, k, h, b, e, 1e-3, 1e-5, 0.0, *others)
 
+    def read(codes: Tensor, block_scales: Tensor, **others: object) -> None:
+        rk_update(codes, [], h, [], y, block_scales=block_scales, **others)
+
     cases: list[tuple[str, Callable[[], object]]] = [
         (r"rk_stage: y has dtype torch.int64, expected", lambda: rk_stage(y.long(), [], h, [], torch.half)),
         (r"rk_stage: y of shape .* expected a dense", lambda: rk_stage(y[:, :2], [], h, [], torch.half)),
@@ -482,13 +495,19 @@ def test_errors_say_what_was_found_and_expected() -> None:
         (r"rk_error: checkpoint has strides", lambda: error(y, [], [], [], 1, y, torch.empty(3, 4).T)),
         (r"rk_error: rows is 3, expected 1 or .* 4", lambda: error(y, [], [], [], 3)),
         (r"rk_error: y has strides .*contiguous", lambda: error(y.T, [], [], [], 3)),
-        (r"rk_stage: y has dtype torch.float8_e4m3fn, .* block_scales", lambda: rk_stage(codes, [], h, [], torch.half)),
-        (r"rk_stage: y has dtype torch.float32.*e4m3fn", lambda: rk_stage(y, [], h, [], torch.half, scales)),
-        (r"rk_stage: y has strides", lambda: rk_stage(codes[:, :2], [], h, [], torch.half, scales)),
-        (r"rk_stage: block_scales .*float16", lambda: rk_stage(codes, [], h, [], torch.half, scales.half())),
-        (r"rk_stage: block_scales .*\(1, 1\)", lambda: rk_stage(codes, [], h, [], torch.half, scales[None])),
-        (r"rk_stage: h is .*float16", lambda: rk_stage(codes, [], h.half(), [], torch.half, scales)),
-        (r"rk_update: y has dtype torch.float8_e4m3fn", lambda: rk_update(codes, [], h, [], y)),
+        (r"rk_stage: y has dtype torch.float8_e4m3fn, .* rk_update", lambda: rk_stage(codes, [], h, [], torch.half)),
+        (r"rk_error: y has dtype torch.float8_e4m3fn, .* rk_update", lambda: error(codes, [], [], [])),
+        (r"rk_error: seed is 5, expected None", lambda: error(y, [], [], [], 1, y, None, None, None, None, 5)),
+        (r"rk_update: seed is 5, expected None", lambda: rk_update(y, [], h, [], y, seed=5)),
+        (r"rk_update: block_scales is None.* y,", lambda: rk_update(codes, [], h, [], y)),
+        (r"rk_update: y has strides", lambda: read(codes[:, :2], scales)),
+        (r"rk_update: block_scales .*float16", lambda: read(codes, scales.half())),
+        (r"rk_update: block_scales .*\(1, 1\)", lambda: read(codes, scales[None])),
+        (r"rk_update: h is .*float16", lambda: rk_update(codes, [], h.half(), [], y, block_scales=scales)),
+        (r"rk_update: y_next is .*float8_e4m3fn", lambda: rk_update(codes, [], h, [], codes, block_scales=scales)),
+        (r"rk_update: seed is given, expected None", lambda: read(codes, scales, seed=5)),
+        (r"rk_update: quantised is given, expected None", lambda: read(codes, scales, quantised=codes)),
+        (r"rk_update: compensation is given, expected None", lambda: read(codes, scales, compensation=y)),
         (r"rk_update: block_scales is None", lambda: rk_update(y, [], h, [], y, quantised=codes)),
         (r"rk_update: quantised is None", lambda: rk_update(y, [], h, [], y, block_scales=scales)),
         (
