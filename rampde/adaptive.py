@@ -98,8 +98,11 @@ class Loop:
         if self._ended(y):
             return self.course
         measured_at: Stage | None = first  # before the loop, where it is measured at all
+        trial: Trial | None
         while True:
             attempt = self._propose()
+            # the velocities of the step before go before those of the next one are made
+            self.latest = trial = None
             if observer is not None:
                 observer.step(attempt, y)
             trial = arithmetic.attempt(y, first, compensation, attempt)

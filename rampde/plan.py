@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rampde.arguments import Request, read_arguments
 from rampde.buffers import unchanged
-from rampde.captures import record
+from rampde.captures import reachable_tensors, record
 from rampde.checkpoint import Checkpoint, Fp8, Offload
 from rampde.checkpoint.auto import budget_of
 from rampde.checkpoint.costs import Evaluations, Sizes, sizes_of
@@ -153,7 +153,8 @@ def plan_memory(
     if problem.is_empty:
         raise ValueError("t has one time only, expected a solve with steps")
     allowed = budget_of(Auto(budget), problem.velocity.spec.device)
-    with preserved(problem.velocity.spec.device, True):
+    buffers = reachable_tensors(func).buffers
+    with preserved(problem.velocity.spec.device, True), unchanged(buffers):
         probe = _Probe(request)
         sizes = sizes_of(problem, probe.graph)
         if problem.closed is not None:
@@ -181,7 +182,7 @@ def _sizes_of_steps(request: Request, sizes: Sizes) -> Sizes:
     problem = request.problem
     assert problem.closed is not None
     problem.observer = None  # callbacks are for the solves of the user
-    with torch.no_grad(), unchanged(problem.buffers):
+    with torch.no_grad():
         solve_explicit(problem, [leaf.detach() for leaf in request.leaves])
     inside = {output.step for output in problem.grid.outputs if output.inside}
     swept = problem.closed.interpolated_cotangents[0].stage + 1
@@ -208,12 +209,11 @@ class _Probe:
             warm = metered(lambda: record(velocity.original, velocity.evaluate_first, point, leaves), device)
             captures = warm.result[1]
             problem.first = Stage(point, x, [value.detach() for value in warm.result[0]])
-            problem.captures, problem.buffers = captures.tensors, captures.buffers
+            problem.captures = captures.tensors
             note_precision(problem)
             left_first = warm.left
             del warm
-            with unchanged(problem.buffers):
-                self._measure(point, x, captures.tensors, device)
+            self._measure(point, x, captures.tensors, device)
         # what autocast makes of parameters, once for all evaluations
         self.casts = max(left_first - (self.graph - self.input_bytes), 0) if velocity.autocast.enabled else 0
         outputs = len(problem.output_times) if problem.closed is not None else len(problem.kept)
@@ -283,14 +283,17 @@ class _Probe:
     def peak(self, policy: Checkpoint, sizes: Sizes) -> int:
         """Bytes at most, beyond those before the solve: on the road out or on the road back, whichever takes more."""
         kept = sizes.kept(policy)
-        return self.casts + max(self._out(policy, sizes, kept), self._back(policy, sizes, kept))
+        out, back = self.casts + self._out(policy, sizes, kept), self._back(policy, sizes, kept)
+        # graphs bring their casts back with them
+        return max(out, back if policy.releases_inputs else self.casts + back)
 
     def _out(self, policy: Checkpoint, sizes: Sizes, kept: int) -> int:
-        states = 0 if self.written_to_result else 2 * sizes.state
+        states = (0 if self.written_to_result else 2 * sizes.state) + sizes.compensation
         velocities = sizes.stages * self.velocity_bytes
         last = self.graph_peak if policy.keeps_graphs else self.plain_peak
         # the graphs of the last step are not complete while it is taken
-        step = 0 if policy.keeps_graphs else velocities + 2 * self.input_bytes
+        inputs = (sizes.stages if policy.keeps_graphs else 2) * self.input_bytes
+        step = 0 if kept and policy.keeps_graphs else velocities + inputs
         return self.result + kept + states + step + last - self.velocity_bytes
 
     def _back(self, policy: Checkpoint, sizes: Sizes, kept: int) -> int:
@@ -301,7 +304,7 @@ class _Probe:
             base += self.input_bytes
         elif policy.quantiser is not None:
             # the state that the sweep is at, in full precision, and what f sees of it
-            base += sizes.state + self.input_bytes
+            base += sizes.state + (self.input_bytes if sizes.rounded < sizes.state else 0)
         elif isinstance(policy, Offload):
             base += self.input_bytes * (sizes.stages if policy.stages == "stage" else 1)
         # what parameters have got so far is not there in the first step that is swept, the last one, if it waits
@@ -309,7 +312,9 @@ class _Probe:
         moments = [totals + self._swept(policy, sizes.stages, sizes.graph)]
         # when a step is swept, the gradients of its stages are added to the totals
         if self._gradients_wait(policy):
-            moments.append(self.totals + max(sizes.stages, sizes.stages_inside) * self.gradients)
+            swept = max(sizes.stages, sizes.stages_inside)
+            gone = sizes.graph if policy.stages == "none" and self.problem.scaler is None and kept else 0
+            moments.append(self.totals + swept * (self.gradients - gone))
         if sizes.steps_inside:
             # what the outputs in a step make of the adjoint, for one stage
             collected = totals if sizes.steps_inside > 1 else 0

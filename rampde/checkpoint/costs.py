@@ -25,7 +25,8 @@ def sizes_of(problem: Problem, graph: int) -> Sizes:
         stages=problem.evaluated_again,
         graph=graph,
         rounded=sum(n * dtype.itemsize for n, dtype in zip(numbers, dtypes, strict=True)),
-        state=sum(bytes_of_state) * (2 if problem.compensated else 1),
+        state=sum(bytes_of_state),
+        compensation=sum(bytes_of_state) if problem.compensated else 0,
         elements=sum(numbers),
     )
 
@@ -48,7 +49,8 @@ class Sizes:
         stages: s, how many stages of a step are swept.
         graph: bytes that the graph of one evaluation of f keeps, its input and its result among them.
         rounded: bytes of a state as f sees it.
-        state: bytes of a state in full precision, with what a compensated sum carries along.
+        state: bytes of a state in full precision.
+        compensation: bytes of what a compensated sum carries along.
         elements: number of elements of a state.
         stages_inside: how many stages are swept of a step in which an output lies, where an interpolant gives it.
         steps_inside: how many such steps there are.
@@ -60,6 +62,7 @@ class Sizes:
     rounded: int
     state: int
     elements: int
+    compensation: int = 0
     stages_inside: int = 0
     steps_inside: int = 0
 
@@ -72,7 +75,7 @@ class Sizes:
         if policy.stages == "stage":
             return self.steps * self.stages * self.rounded
         if isinstance(policy, Binomial):
-            return min(policy.states, self.steps) * self.state
+            return min(policy.states, self.steps) * (self.state + self.compensation)
         if isinstance(policy, Fp8):
             changes = (self.steps - 1) * (self.elements + 4 * ceil(self.elements / BLOCK))
             return changes + self.state + self.rounded
@@ -104,7 +107,7 @@ class Sizes:
         """Those that keep the bits of the gradients, and whose memory is on the device."""
         yield from map(Checkpoint, ("none", "stage", "step", "lean"))
         for stages in ("step", "lean"):
-            fitting = (budget - self.alive(Checkpoint(stages))) // max(self.state, 1)
+            fitting = (budget - self.alive(Checkpoint(stages))) // max(self.state + self.compensation, 1)
             few = ceil(log2(self.steps + 1))
             for states in {min(max(fitting, 1), self.steps), min(few, self.steps)}:
                 if states < self.steps:
