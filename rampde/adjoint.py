@@ -21,6 +21,23 @@ from rampde.velocity import vector_jacobian_product
 
 Gradients = list[Tensor | None]
 
+SMALL = 1 << 20
+"""Bytes of parameters whose gradients are so small that operators count for more."""
+
+
+def gradients_wait(problem: Problem, captures: Sequence[Tensor]) -> bool:
+    """Whether the captures' gradients of a step are collected until its last stage is swept, and then added at once.
+
+    One operator adds those of all stages; but where memory is short, or they are larger than a state, they are added
+    stage by stage, which gives the same sums to the bit. Under scaling the decision on the step comes before.
+    """
+    if problem.scaler is not None:
+        return True
+    if problem.checkpoint.stages in ("stage", "lean"):
+        return False
+    state = sum(leaf.shape.numel() * leaf.state_dtype.itemsize for leaf in problem.velocity.spec.leaves)
+    return sum(capture.nbytes for capture in captures) <= max(state, SMALL)
+
 
 class Sweep:
     """One sweep of the discrete adjoint.
@@ -60,6 +77,7 @@ class Sweep:
         self.complete = False  # whether every capture has a total
         self.sparse = False  # whether some f did not depend on some part of the state
         self.scale_state = None if self.scaler is None else self.scaler.new_state(points.device)
+        self.gradients_wait = not captures or gradients_wait(problem, captures)
         self._place(cotangents)
 
     def _place(self, cotangents: Sequence[Tensor | None]) -> None:
@@ -217,9 +235,6 @@ class Sweep:
             inside.forget_time_gradients(self.output_time_gradients, step)
         # where f shows what it holds, a look at the last and at a middle step is enough to see that it does
         watched = step + 1 == self.steps or step == self.steps // 2
-        # where memory matters most, parameters' gradients do not wait for the other stages; under scaling the decision
-        # on the step comes first. The sums are the same to the bit
-        at_once = self.checkpoints.one_at_a_time and self.scale_state is None and bool(captures)
         for i, b, later in swept:
             stage = stages.take(i)
             cotangents = []
@@ -250,7 +265,7 @@ class Sweep:
                 self.sparse = self.sparse or product is None
             if time_gradient is not None:
                 time_gradient.add_time(products[len(vjps)], self.problem.tableau.nodes[i])
-            if at_once:
+            if not self.gradients_wait:
                 self._accumulate(list(products[len(inputs) :]), h)
             else:
                 gradients.extend(products[len(inputs) :])

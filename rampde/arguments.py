@@ -14,6 +14,7 @@ from torch import Tensor
 from rampde import grid as grids
 from rampde.autocast import switched_off
 from rampde.checkpoint import Checkpoint
+from rampde.checkpoint.policy import Auto
 from rampde.checkpoint.read import read_checkpoint
 from rampde.events import EventSearch
 from rampde.families import EMBEDDED, Family, family_of
@@ -93,6 +94,9 @@ def read_arguments(
                 f'method "{name}" has no forward mode and no torch.func transforms, expected another one'
             )
         policy = Checkpoint("tape")
+    elif torch.compiler.is_dynamo_compiling() and isinstance(policy, Auto):
+        # what is measured and what is free are nothing that a compiled function could hold
+        policy = Checkpoint("step")
     family.check_policy(policy, name)
     for flag, value in (("compensated", compensated), ("progress", progress)):
         if not isinstance(value, bool):

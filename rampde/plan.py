@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rampde.adjoint import gradients_wait
 from rampde.arguments import Request, read_arguments
 from rampde.buffers import unchanged
 from rampde.captures import reachable_tensors, record
@@ -323,7 +324,7 @@ class _Probe:
 
     def _gradients_wait(self, policy: Checkpoint) -> bool:
         """Whether those of parameters are collected for all stages of a step."""
-        return policy.stages not in ("stage", "lean") or self.problem.scaler is not None
+        return gradients_wait(replace(self.problem, checkpoint=policy), self.problem.captures)
 
     def _swept(self, policy: Checkpoint, s: int, graph: int) -> int:
         """Bytes at most while a step of ``s`` stages is swept."""

@@ -25,7 +25,6 @@ class Changes(StoredSteps, Checkpoints):
         super().__init__(problem.checkpoint)
         self.problem = problem
         self.quantiser = problem.checkpoint.quantiser
-        self.one_at_a_time = problem.checkpoint.stages == "lean"
         self._random: list[tuple[RandomState, ...]] = []
         # the state at the start of the last step, in full precision, and what f sees of it
         self._last: tuple[list[Tensor], list[Tensor]] | None = None

@@ -20,7 +20,6 @@ class EveryStep(StoredSteps, Checkpoints):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.checkpoint)
         self.problem = problem
-        self.one_at_a_time = problem.checkpoint.stages == "lean"
         self._random: list[tuple[RandomState, ...]] = []
 
     def store(self, start: StepStart, stages: list[Stage] | None) -> None:
@@ -35,7 +34,6 @@ class EveryStage(StoredSteps, Checkpoints):
     """The rounded inputs of all stages: where f was evaluated."""
 
     needs_stages = True
-    one_at_a_time = True
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.checkpoint)

@@ -41,14 +41,12 @@ class Checkpoints:
         keeps_graphs: whether graphs are kept, of some steps at least.
         needs_graph: whether the stages of the next step are to be evaluated with their graphs.
         needs_stages: whether ``store`` is to be given the stages of each step.
-        one_at_a_time: whether the graph of one stage at a time is alive on the road back.
         quantiser: makes that form in which the kernel that ends a step writes the change of the state, if it is to.
     """
 
     keeps_graphs = False
     needs_graph = False
     needs_stages = False
-    one_at_a_time = False
     quantiser: Fp8 | None = None
 
     def store(self, start: StepStart, stages: list[Stage] | None) -> None:

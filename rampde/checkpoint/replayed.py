@@ -26,7 +26,6 @@ class SomeSteps(Checkpoints):
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.policy = problem, problem.checkpoint
-        self.one_at_a_time = self.policy.stages == "lean"
         self._kept: dict[int, list[Any]] = {}
         self._random: list[tuple[RandomState, ...]] = []
         self._count = 0
