@@ -111,7 +111,7 @@ class Arithmetic:
         """A stage, with its graph where graphs are kept."""
         if not self.with_graph:
             random = self.random() if self.checkpoints is not None and self.checkpoints.needs_stages else ()
-            return Stage(time, x, self.velocity.evaluate(time, x), *random)
+            return Stage(time, x, self.velocity.evaluate_without_graph(time, x), *random)
         if self.problem.time_needs_grad:
             time = time.detach().requires_grad_()
         return Stage(time, x, self.velocity.evaluate_with_graph(time, x))
@@ -242,14 +242,18 @@ class TensorArithmetic(Arithmetic):
 
     def attempt(self, y: list[Tensor], first: Stage, compensation: list[Tensor | None], attempt: Attempt) -> Trial:
         call: Callable[[Tensor, Tensor], Any]
-        call = self.velocity.call_with_graph if self.with_graph else self.velocity.func
+        with_graph = self.with_graph
+        call = self.velocity.call_with_graph if with_graph else self.velocity.func
         dtype, state = self.dtype, y[0]
         h, times = self.steps.tensors(attempt)
         k: list[Any] = [first.k[0]]
         stages = self.record(first)
         for i, inputs in self.later_stages:
             x = rk_stage(state, k if inputs.dense else inputs.pick(k), h, inputs.weights, dtype)
-            value = call(times[i], x)
+            value: Any = call(times[i], x)
+            if not with_graph and value.requires_grad:
+                # f recorded a graph for itself
+                value = value.detach()
             k.append(value)
             if stages is not None:
                 stages.append(Stage(times[i], [x], [value]))
@@ -260,6 +264,8 @@ class TensorArithmetic(Arithmetic):
         end = self.end_weights
         x = rk_stage(state, k if end.dense else end.pick(k), h, end.weights, dtype)
         value = call(times[-1], x)
+        if not with_graph and value.requires_grad:
+            value = value.detach()
         k.append(value)
         trial.last = Stage(times[-1], [x], [value])
         if stages is not None:

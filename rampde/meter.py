@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 # the profiler's library says on stderr that it starts and stops, unless it is told not to before its first use
 _QUIET = "KINETO_LOG_LEVEL"
+# bytes of a tensor that marks where measuring begins, as many as nothing else has
+_MARK = 7919
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,12 @@ class Metered(Generic[T]):
     left: int
 
 
-def metered(call: Callable[[], T], device: torch.device) -> Metered[T]:
+def metered(call: Callable[[], T], device: torch.device, before: Callable[[], object] | None = None) -> Metered[T]:
     """Calls and measures: on the CPU by the profiler's record of allocations, on a CUDA device by its allocator, whose
     peak statistics are reset.
+
+    What ``before`` does is not measured, but bytes count from before it: the record does not show that memory is freed
+    which was taken before it began.
 
     Raises:
         RuntimeError: a profiler is running already, on the CPU.
@@ -41,12 +46,14 @@ def metered(call: Callable[[], T], device: torch.device) -> Metered[T]:
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        start = torch.cuda.memory_allocated(device)
+        if before is not None:
+            before()
         torch.cuda.reset_peak_memory_stats(device)
         result = call()
         torch.cuda.synchronize(device)
         return Metered(
-            result, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+            result, torch.cuda.max_memory_allocated(device) - start, torch.cuda.memory_allocated(device) - start
         )
     if device.type != "cpu":
         raise TypeError(f"memory on {device} cannot be measured, expected the CPU or a CUDA device")
@@ -55,13 +62,19 @@ def metered(call: Callable[[], T], device: torch.device) -> Metered[T]:
             "memory on the CPU is measured by PyTorch's profiler, which is running already; stop it first"
         )
     with _quiet(), torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile:
+        if before is not None:
+            before()
+        torch.empty(_MARK, dtype=torch.uint8)
         result = call()
     assert profile.kineto_results is not None
     changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     level = peak = 0
+    counts = False
     for event in sorted(changes, key=lambda event: event.start_ns()):
         level += event.nbytes()
-        peak = max(peak, level)
+        # the mark itself is gone with its second event
+        counts = counts or event.nbytes() == -_MARK
+        peak = max(peak, level) if counts else level
     return Metered(result, peak, level)
 
 

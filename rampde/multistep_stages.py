@@ -121,7 +121,7 @@ class Points(StoredSteps):
 def evaluate_single(problem: Problem, x: list[Tensor], time: Tensor, graphs: list[Stage] | None) -> list[Tensor]:
     """The velocity at a grid point; with ``graphs``, its graph is recorded and the stage appended there."""
     if graphs is None:
-        return problem.velocity.evaluate(time, x)
+        return problem.velocity.evaluate_without_graph(time, x)
     k = problem.velocity.evaluate_with_graph(time, x)
     graphs.append(Stage(time, x, k))
     return k

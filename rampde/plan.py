@@ -247,12 +247,18 @@ class _Probe:
         assert self.problem.first is not None
         cotangents = [torch.ones_like(value) for value in self.problem.first.k]
 
-        def both() -> list[Tensor | None]:
-            k = evaluate(with_graph=True)
-            return list(vector_jacobian_product(k, [*self._inputs, *captures], cotangents, retain_graph=False))
+        k: list[Any] = []
 
-        # in one record: it does not show that memory is freed which was taken before it began
-        product = metered(both, device)
+        def take() -> list[Tensor | None]:
+            roots = [*k]
+            k.clear()
+            return list(vector_jacobian_product(roots, [*self._inputs, *captures], cotangents, retain_graph=False))
+
+        def both() -> None:
+            k.extend(evaluate(with_graph=True))
+            take()
+
+        product = metered(take, device, before=lambda: k.extend(evaluate(with_graph=True)))
         self.product_peak = product.peak - kept_by_graph
         sizes = [0 if gradient is None else gradient.nbytes for gradient in product.result]
         self.gradients_of_input, self.gradients = sum(sizes[: len(x)]), sum(sizes)

@@ -30,7 +30,7 @@ def evaluate_stages(
     input to its velocity.
     """
     velocity = problem.velocity
-    evaluate = velocity.evaluate_with_graph if with_graph else velocity.evaluate
+    evaluate = velocity.evaluate_with_graph if with_graph else velocity.evaluate_without_graph
     k = evaluate(times[0], x) if first is None else first.k
     if record is not None:
         record.append(Stage(times[0], x, k) if first is None else first)
@@ -84,6 +84,8 @@ def evaluate_tensor_stages(
     dtype = velocity.dtypes[0]
     # f was seen to return a tensor at its first evaluation
     k: list[Any] = [call(times[0], x)] if first is None else list(first.k)
+    if not with_graph and k[0].requires_grad:
+        k[0] = k[0].detach()
     if record is not None:
         record.append(Stage(times[0], [x], [k[0]]) if first is None else first)
     for i, inputs in problem.later_stages[: len(times) - 1]:
@@ -91,6 +93,9 @@ def evaluate_tensor_stages(
         x = rk_stage(y, k if inputs.dense else inputs.pick(k), h, inputs.weights, dtype)
         time = times[i]
         value = call(time, x)
+        if not with_graph and value.requires_grad:
+            # f recorded a graph for itself, as a flow does for its divergence
+            value = value.detach()
         k.append(value)
         if record is not None:
             record.append(Stage(time, [x], [value]))

@@ -70,6 +70,10 @@ class Velocity:
         self.spec.check_velocity(k)
         return self.spec.velocity_leaves(k)
 
+    def evaluate_without_graph(self, time: Tensor, x: list[Tensor]) -> list[Tensor]:
+        """As ``evaluate``; a graph that f recorded for itself, as a flow does for its divergence, goes."""
+        return [value.detach() if value.requires_grad else value for value in self.evaluate(time, x)]
+
     def call_with_graph(self, time: Tensor, x: Tensor) -> State:
         """f on a state of one real tensor, recording the graph; ``x`` becomes a leaf of it, unless it has an origin."""
         if self.origin is None:

@@ -377,3 +377,28 @@ class TestOtherFamilies:
         options = {"batch_axis": 0}
         with pytest.raises(ValueError, match=r"batch_axis.*was given with checkpoint"):
             odeint(Net(), torch.randn(3, 5), torch.linspace(0, 1, 3), options=options, checkpoint=policy)
+
+
+@pytest.mark.parametrize("policy", ["step", "stage", "lean", 3, Fp8("lean")], ids=repr)
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "explicit_adams"])
+@pytest.mark.parametrize("leaves", [1, 2])
+def test_graphs_that_func_records_for_itself(leaves, method, policy):
+    """A flow differentiates in f: where no graph is wanted, what it records goes with the evaluation."""
+    if method == "explicit_adams" and not isinstance(policy, str):
+        pytest.skip("not for this method")
+    y0 = tuple(torch.rand(3, requires_grad=True) for _ in range(leaves))
+
+    def func(t, y):
+        with torch.enable_grad():
+            x = (y if leaves == 1 else y[0]).requires_grad_()
+            k = Tracked.apply(x) * x
+        return k if leaves == 1 else (k, torch.zeros_like(y[1]))
+
+    Token.alive = Token.peak = 0
+    y = odeint(func, y0[0] if leaves == 1 else y0, torch.linspace(0, 1, 11), method=method, checkpoint=policy)
+    assert Token.alive == 0
+    # the graph of an evaluation, and the one that is being made
+    assert Token.peak <= 2
+    (y.sum() if leaves == 1 else y[0].sum()).backward()
+    if policy in ("stage", "lean") and method != "explicit_adams":
+        assert Token.peak <= 2

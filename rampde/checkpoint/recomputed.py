@@ -100,7 +100,8 @@ def first_stage(
     random[0].restore()
     if len(random) == 1:
         return None
-    evaluate = problem.velocity.evaluate_with_graph if with_graph else problem.velocity.evaluate
+    velocity = problem.velocity
+    evaluate = velocity.evaluate_with_graph if with_graph else velocity.evaluate_without_graph
     first = Stage(time, x, evaluate(time, x))
     random[1].restore()
     return first
