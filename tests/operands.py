@@ -95,3 +95,12 @@ def assert_deterministic(call: Callable[[], Sequence[Tensor]]) -> None:
             assert same_bits(first, call())
     finally:
         torch.set_num_threads(threads)
+
+
+def exact_step(y: Tensor, k: list[Tensor], h: Tensor, b: list[float]) -> Tensor:
+    """``y + h sum_j b_j k_j`` in float64."""
+    total = y.double()
+    for term, weight in zip(k, b, strict=True):
+        if weight != 0.0:
+            total = total + h.double() * weight * term.double()
+    return total
