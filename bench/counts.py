@@ -45,7 +45,7 @@ class _Operators(TorchDispatchMode):
         return result
 
 
-class _Kept:
+class Kept:
     """Bytes that autograd keeps alive, each storage once and those of ``known`` tensors not at all."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -70,7 +70,7 @@ class _Box:
 
 
 @contextmanager
-def _evaluations(func: nn.Module) -> Iterator[Counter[str]]:
+def evaluations(func: nn.Module) -> Iterator[Counter[str]]:
     """Counts the calls of f."""
     counts: Counter[str] = Counter()
     handle = func.register_forward_pre_hook(lambda *_: counts.update(["f"]))
@@ -85,11 +85,11 @@ def count_training(work: Work, name: str, steps: int) -> Counter[str]:
     problem = work.problem
     inputs = [*problem.y0, *work.parameters]
     # in a solve of its own, because the hooks dispatch operators themselves
-    kept = _Kept([*inputs, *problem.cotangents])
+    kept = Kept([*inputs, *problem.cotangents])
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda box: box.tensor):
         loss = work.forward(name, steps)
     found = Counter(bytes=kept.bytes())
-    with _evaluations(problem.func) as calls:
+    with evaluations(problem.func) as calls:
         with _Operators() as out:
             loss = work.forward(name, steps)
         evaluated = calls["f"]

@@ -46,7 +46,7 @@ from bench.common import (
     synchronize,
     write_results,
 )
-from bench.counts import _evaluations, _Kept
+from bench.counts import Kept, evaluations
 from bench.memory_cases import (
     ADJOINT,
     PROBLEMS,
@@ -100,7 +100,7 @@ class Run:
 
 def saved_bytes(case: Case, solver: Solver, precision: str) -> int:
     """What autograd is given to save, in a solve of its own: the hooks would be measured with the rest."""
-    kept = _Kept([*case.inputs, *case.cotangents])
+    kept = Kept([*case.inputs, *case.cotangents])
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda box: box.tensor):
         ends = case.forward(solver, precision)
     found = kept.bytes()
@@ -115,7 +115,7 @@ def run_once(case: Case, solver: Solver, precision: str) -> Run:
     gc.collect()
     with ExitStack() as stack:
         stats = stack.enter_context(rampde.stats())
-        calls = [stack.enter_context(_evaluations(func)) for func in case.funcs]
+        calls = [stack.enter_context(evaluations(func)) for func in case.funcs]
         held = metered(lambda: case.forward(solver, precision), case.device).left
         forward = sum(count["f"] for count in calls)
         synchronize(case.device)

@@ -138,10 +138,11 @@ def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tenso
         return roads.out(problem, [leaf.detach() for leaf in y0], None)
 
     before = RandomState.current(velocity.spec.device)
-    asks = isinstance(problem.checkpoint, Auto)
-    chosen = CHOICES.get(problem) if asks else None
     # whoever treats what graphs save in a way of his own wants little of it on the device
-    measures = asks and chosen is None and not hooks_are_set()
+    asks = isinstance(problem.checkpoint, Auto)
+    hooked = asks and hooks_are_set()
+    chosen = CHOICES.get(problem) if asks and not hooked else None
+    measures = asks and not hooked and chosen is None
     with saved_bytes() if measures else problem.checkpoint.recording() as saved:
         captures = _first_evaluation(roads, problem, time, x)
     after = RandomState.current(velocity.spec.device)
@@ -218,15 +219,12 @@ def _detach_first(problem: Problem) -> None:
 def _chosen(
     roads: Roads[Any], problem: Problem, asked: Auto, saved: SavedBytes | None, captures: Captures
 ) -> Checkpoint:
-    """The policy in the place of "auto", remembered for later solves."""
+    """The policy in the place of "auto", remembered for later solves where it follows from what was measured."""
     if saved is None:
-        policy = Checkpoint("step")
-    else:
-        first = problem.first
-        assert first is not None
-        graph = saved.beyond([*captures.tensors, *captures.constants])
-        budget = budget_of(asked, problem.velocity.spec.device)
-        policy = roads.choose(problem, sizes_of(problem, graph), budget)
+        return Checkpoint("step")
+    graph = saved.beyond([*captures.tensors, *captures.constants])
+    budget = budget_of(asked, problem.velocity.spec.device)
+    policy = roads.choose(problem, sizes_of(problem, graph), budget)
     CHOICES.put(problem, policy)
     return policy
 

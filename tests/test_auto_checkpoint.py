@@ -123,8 +123,13 @@ def test_not_more_evaluations_or_operators_than_the_policy_itself():
 
 
 def test_callers_who_treat_saved_tensors_themselves_keep_little():
+    net = Net()
     with torch.autograd.graph.save_on_cpu():
-        assert chosen(Net()) == "step"
+        assert chosen(net) == "step"
+    # without them it is another matter, and with them again
+    assert chosen(net) == "none"
+    with torch.autograd.graph.save_on_cpu():
+        assert chosen(net) == "step"
 
 
 def test_casts_of_parameters_are_no_part_of_a_graph():
