@@ -232,7 +232,7 @@ class _Probe:
         def evaluate(with_graph: bool) -> list[Any]:
             inputs = [leaf.detach() for leaf in x]
             if not with_graph:
-                return velocity.evaluate(point, inputs)
+                return velocity.evaluate_without_graph(point, inputs)
             self._inputs = inputs
             return [root(value) for value in velocity.evaluate_with_graph(point, inputs)]
 
