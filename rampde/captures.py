@@ -31,6 +31,8 @@ MAX_LENGTH = 1024
 
 # the node of torch.utils.checkpoint that takes gradients with respect to everything or nothing
 _REENTRANT = "CheckpointFunctionBackward"
+# that of a part of f that torch.compile made
+_COMPILED = "CompiledFunctionBackward"
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _INERT = (bool, int, float, str, bytes, type, types.ModuleType, types.BuiltinFunctionType, types.NoneType)
@@ -45,6 +47,7 @@ class Captures:
         observed: how many of them the first evaluation used.
         opaque: whether f was seen to use a tensor that none of the objects it holds shows.
         problem: why the gradients cannot be taken by a sweep; empty where they can.
+        compiled: whether a part of f is compiled, whose graphs cannot be used twice.
         constants: tensors that f can reach and that require no gradient.
         buffers: those of ``constants`` that are buffers of modules in training, which f may change.
     """
@@ -53,6 +56,7 @@ class Captures:
     observed: int = 0
     opaque: bool = False
     problem: str = ""
+    compiled: bool = False
     constants: list[Tensor] = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)
 
@@ -67,6 +71,7 @@ class _Recorder(TorchFunctionMode):
         self.threaded = threaded
         self.tensors: dict[Edge, Tensor] = {}
         self.numbers_mix = False
+        self.compiled = False  # what the walk along the graph has seen
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -109,7 +114,7 @@ def record(
                 k = evaluate(time, x)
     arguments = {id(tensor) for tensor in (time, *x)}
     used, untraced = _walk(k, start, recorder, arguments)
-    reachable, constants, buffers = reachable_tensors(func)
+    reachable, constants, buffers, compiled = reachable_tensors(func)
     known = {id(tensor) for tensor in used}
     unused = [tensor for tensor in reachable if id(tensor) not in known | arguments]
     shown = {id(tensor) for tensor in reachable}
@@ -119,7 +124,7 @@ def record(
         problem = "uses torch.utils.checkpoint with use_reentrant=True, which refuses the products of a sweep"
     elif untraced:
         problem = f"uses the result of {untraced[0]}, computed outside of it, which could not be traced to a tensor"
-    return k, Captures(used + unused, len(used), opaque, problem, constants, buffers)
+    return k, Captures(used + unused, len(used), opaque, problem, compiled or recorder.compiled, constants, buffers)
 
 
 def _untangle(used: list[Tensor], unused: list[Tensor]) -> tuple[list[Tensor], str]:
@@ -281,8 +286,10 @@ def _walk(k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[i
         if node in visited:
             continue
         visited.add(node)
-        if node.name() == _REENTRANT:
-            untraced.append(node.name())
+        name = node.name()
+        recorder.compiled = recorder.compiled or name == _COMPILED
+        if name == _REENTRANT:
+            untraced.append(name)
         if node._sequence_nr() < start and not recorder.numbers_mix and not _is_cached_cast(node):
             untraced.append(node.name())
             continue
@@ -297,11 +304,13 @@ def _is_cached_cast(node: Any) -> bool:
 
 
 class Reachable(NamedTuple):
-    """Tensors that an object holds: those that require a gradient, the others, and buffers of modules in training."""
+    """Tensors that an object holds: those that require a gradient, the others, and buffers of modules in training; and
+    whether it holds anything that torch.compile made."""
 
     requiring: list[Tensor]
     constants: list[Tensor]
     buffers: list[Tensor]
+    compiled: bool
 
 
 def reachable_tensors(func: object) -> Reachable:
@@ -309,6 +318,7 @@ def reachable_tensors(func: object) -> Reachable:
     found: dict[int, Tensor] = {}
     constants: dict[int, Tensor] = {}
     buffers: dict[int, Tensor] = {}
+    compiled = False
     visited: set[int] = set()
     pending: list[tuple[object, int]] = [(func, 0)]
     while pending:
@@ -319,10 +329,18 @@ def reachable_tensors(func: object) -> Reachable:
         if isinstance(value, Tensor):
             (found if value.requires_grad else constants)[id(value)] = value
         elif depth < MAX_DEPTH:
+            compiled = compiled or _is_compiled(value)
             if isinstance(value, nn.Module):
                 buffers.update((id(buffer), buffer) for buffer in _buffers_in_training(value))
             pending.extend((item, depth + 1) for item in _contents(value) if not isinstance(item, _INERT))
-    return Reachable(list(reversed(found.values())), list(constants.values()), list(buffers.values()))
+    return Reachable(list(reversed(found.values())), list(constants.values()), list(buffers.values()), compiled)
+
+
+def _is_compiled(value: object) -> bool:
+    if isinstance(value, nn.Module):
+        parts = list(value.modules())
+        return any("_orig_mod" in part._modules or part.__dict__.get("_compiled_call_impl") for part in parts)
+    return hasattr(value, "_torchdynamo_orig_callable")
 
 
 def _buffers_in_training(module: nn.Module) -> Iterator[Tensor]:

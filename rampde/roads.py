@@ -162,6 +162,9 @@ def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tenso
     note_precision(problem)
     if asks and wanted and isinstance(problem.checkpoint, Auto):
         problem.checkpoint = chosen or _chosen(roads, problem, problem.checkpoint, saved, captures)
+    if captures.compiled and problem.scaler is not None and problem.checkpoint.keeps_graphs and not roads.iterates:
+        # a sweep that is resumed needs its graphs twice, but compiled ones give their memory away when they are used
+        problem.checkpoint = Checkpoint("stage")
     if not (wanted and problem.checkpoint.keeps_graphs) and not roads.iterates:
         _detach_first(problem)
     if wanted and problem.checkpoint.releases_inputs and not roads.iterates:

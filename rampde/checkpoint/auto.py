@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rampde.checkpoint.costs import Sizes
-from rampde.checkpoint.policy import Auto, Checkpoint
+from rampde.checkpoint.policy import Auto, Checkpoint, untraced
 from rampde.free_memory import free_memory
 from rampde.problem import Problem
 
@@ -50,7 +50,7 @@ def saved_bytes() -> Iterator[SavedBytes]:
         # an alias: the graph must not hold the tensor that holds the graph
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(untraced(pack), untraced(lambda tensor: tensor)):
         yield found
 
 

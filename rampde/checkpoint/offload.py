@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from rampde.checkpoint.fp8 import Fp8
 from rampde.checkpoint.host_copy import HostCopy, HostMemory, is_copy
-from rampde.checkpoint.policy import Checkpoint
+from rampde.checkpoint.policy import Checkpoint, untraced
 from rampde.checkpoint.read import read_checkpoint
 
 # saved tensors that are brought back ahead of the one that is needed
@@ -96,7 +96,7 @@ class Offload(Checkpoint):
         if self.stages != "none":
             return nullcontext()
         recording = _Recording(self._memory)
-        return torch.autograd.graph.saved_tensors_hooks(recording.pack, recording.unpack)
+        return torch.autograd.graph.saved_tensors_hooks(untraced(recording.pack), untraced(recording.unpack))
 
 
 class _Saved:

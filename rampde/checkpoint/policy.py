@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from rampde.checkpoint.fp8 import Fp8
+
+T = TypeVar("T")
 
 STAGES = ("none", "stage", "step", "lean", "tape")
 
@@ -164,6 +168,14 @@ class NoneWhileItFits(Checkpoint):
     @property
     def keeps_graphs(self) -> bool:
         return True
+
+
+def untraced(function: Callable[..., T]) -> Callable[..., T]:
+    """A hook that a compiled f may call, which is not to be compiled with it."""
+    if "torch._dynamo" not in sys.modules:
+        return function  # nothing is compiled, and to ask for the compiler takes seconds
+    found: Callable[..., T] = torch._dynamo.disable(function)
+    return found
 
 
 def _named(names: Sequence[str]) -> str:
