@@ -340,7 +340,7 @@ def _is_compiled(value: object) -> bool:
     if isinstance(value, nn.Module):
         parts = list(value.modules())
         return any("_orig_mod" in part._modules or part.__dict__.get("_compiled_call_impl") for part in parts)
-    return hasattr(value, "_torchdynamo_orig_callable")
+    return isinstance(value, types.FunctionType) and "_torchdynamo_orig_callable" in vars(value)
 
 
 def _buffers_in_training(module: nn.Module) -> Iterator[Tensor]:
