@@ -78,8 +78,8 @@ def odeint(
             rounded input of each stage, evaluated again one at a time. "lean": as "step", but one stage at a time, for
             s - 1 evaluations more in a step of s stages. A number of states, or :class:`rampde.Binomial`: that many
             states, between which steps are taken again. :class:`rampde.Offload`: any of these in host memory.
-            :class:`rampde.Fp8`: changes of the state in eight bits. "tape": what plain autograd keeps (forward mode; slower;
-            parameter gradients are summed by autograd). Any :class:`rampde.Checkpoint` of one's own.
+            :class:`rampde.Fp8`: changes of the state in eight bits. "tape": what plain autograd keeps (forward mode;
+            slower; parameter gradients are summed by autograd). Any :class:`rampde.Checkpoint` of one's own.
             Second derivatives work with all of them; but for "tape" the solve is then repeated on the tape.
         memory_budget: bytes that "auto" may take; None for a quarter of the device's free memory.
         progress: show a progress bar (needs tqdm).
