@@ -2,7 +2,8 @@
 #
 #   make test                           style, types and the tests that are not slow
 #   make demo                           trains a flow in 32 and in 16 bits, side by side
-#   make gpu-check OUT=folder           build, all tests, the benchmarks; on a GPU, or as a rehearsal without
+#   make docs                           the docs site, into site/; make docs-serve shows it
+#   make gpu-check OUT=folder           build, benchmarks, all tests, for nine minutes; run again, it goes on
 #   make gpu-check VENV= PYTHON=python3 the same with an interpreter that has torch already; no network is used
 
 PYTHON ?= python3
@@ -10,8 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # where benchmarks write; empty: bench/results/<GPU or CPU>
 OUT ?=
-# what gpu-check does, of: tests kernels solvers adaptive memory
-CHECKS ?= tests kernels solvers adaptive memory
+# what gpu-check does, of: kernels solvers compare tests adaptive memory sanitizer; --again: also what has passed
+CHECKS ?= kernels solvers compare tests adaptive memory sanitizer
 JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -27,17 +28,19 @@ RUN := $(PYTHON)
 CLANG_FORMAT := clang-format
 PYTEST := $(PYTHON) -m pytest
 INSTALLED := install-rampde
+DOCS_INSTALLED :=
 else
 RUN := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
 PYTEST := $(VENV)/bin/pytest
 INSTALLED := $(VENV)/.rampde
+DOCS_INSTALLED := $(VENV)/.docs
 endif
 
-.PHONY: help install install-rampde test test-all lint format demo bench gpu-check clean distclean
+.PHONY: help install install-rampde test test-all lint format demo bench gpu-check docs docs-serve clean distclean
 
 help:
-	@echo "targets: install test test-all lint format demo bench gpu-check clean distclean"
+	@echo "targets: install test test-all lint format demo bench gpu-check docs docs-serve clean distclean"
 
 install: $(INSTALLED)
 
@@ -77,12 +80,23 @@ bench: $(INSTALLED)
 	$(RUN) -m bench.solvers $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.adaptive $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.memory $(if $(OUT),--out $(OUT))
+	$(RUN) -m bench.compare $(if $(OUT),--out $(OUT))
 
 gpu-check: $(INSTALLED)
 	$(RUN) -m bench.check $(CHECKS) $(if $(OUT),--out $(OUT))
 
+$(VENV)/.docs: requirements/docs.txt $(VENV)/.requirements
+	$(RUN) -m pip install --requirement $<
+	@touch $@
+
+docs: $(DOCS_INSTALLED)
+	$(RUN) -m mkdocs build --strict
+
+docs-serve: $(DOCS_INSTALLED)
+	$(RUN) -m mkdocs serve
+
 clean:
-	rm -rf build dist *.egg-info rampde/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info rampde/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -f $(if $(VENV),$(VENV)/.rampde)
 

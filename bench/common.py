@@ -1,6 +1,7 @@
 """What every benchmark shares: clocks, interleaving, summaries, the machine's description, result files."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,12 @@ import torch
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
+# exit status of a run whose time was over before its work
+UNFINISHED = 3
+# what figures and tests depend on, and what of machine() says that two runs had the same before them
+SOURCES = ("rampde", "kernels", "csrc", "bench", "tests", "examples", "docs", "README.md", "setup.py", "pyproject.toml")
+SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh", ".md", ".toml")
+ORIGIN = ("sources", "cpu", "cores", "threads", "gpu", "torch", "triton", "python")
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,23 @@ def used_by_others() -> float:
     return float(psutil.cpu_percent(interval=0.5))
 
 
+@cache
+def sources() -> str:
+    """A digest of the sources, which tells states of the tree apart that share a commit, and needs no git."""
+    found = [path for name in SOURCES for path in (ROOT / name, *(ROOT / name).rglob("*"))]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in found if path.suffix in SUFFIXES and path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def same_origin(record: Mapping[str, Any]) -> bool:
+    """Whether a result file's content comes from these sources, on this machine, with these versions and threads."""
+    here, there = machine(), record.get("machine", {})
+    return all(here[key] == there.get(key) for key in ORIGIN)
+
+
 def machine() -> dict[str, Any]:
     """Hardware, versions and commit that a figure belongs to."""
     commit = _output("git", "rev-parse", "HEAD")
@@ -191,6 +215,7 @@ def machine() -> dict[str, Any]:
         "rampde": _version("rampde"),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "sources": sources(),
         "commit": commit or "unknown",
         "uncommitted": bool(commit and _output("git", "status", "--porcelain")),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -229,17 +254,28 @@ def results_folder(out: str | None = None) -> Path:
     return folder
 
 
-def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> Path:
-    """Writes ``<name>.json``: the content, with the machine and the command that it came from."""
+def write_json(folder: Path, name: str, content: Mapping[str, Any], say: bool = True) -> Path:
+    """Writes ``<name>.json``: the content, with the machine and the command that it came from; says where."""
     path = folder / f"{name}.json"
     command = shlex.join(["python", "-m", f"bench.{name}", *sys.argv[1:]])
-    path.write_text(json.dumps({"machine": machine(), "command": command, **content}, indent=1) + "\n")
-    print(f"wrote {path}")
+    # a run may be cut off at any time: the file is either the one before or this one
+    whole = folder / f".{name}.json"
+    whole.write_text(json.dumps({"machine": machine(), "command": command, **content}, indent=1) + "\n")
+    whole.replace(path)
+    if say:
+        print(f"wrote {path}")
     return path
 
 
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """What ``<name>.json`` holds; nothing where there is none, or it does not come from here (:func:`same_origin`)."""
+    path = folder / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found if same_origin(found) else {}
+
+
 def write_results(
-    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]
+    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any], say: bool = True
 ) -> tuple[Path, Path]:
     """Writes ``<name>.csv`` (the rows) and ``<name>.json`` (rows, ``meta``, machine, command); says where."""
     if not rows:
@@ -250,8 +286,9 @@ def write_results(
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"wrote {table}")
-    return table, write_json(folder, name, {**meta, "rows": list(rows)})
+    if say:
+        print(f"wrote {table}")
+    return table, write_json(folder, name, {**meta, "rows": list(rows)}, say)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:

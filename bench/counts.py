@@ -25,7 +25,7 @@ COUNTS = (
 )
 
 
-class _Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):
     """Counts what is dispatched: rampde's operators, ATen's, and those that bring a value to the host."""
 
     READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
@@ -90,10 +90,10 @@ def count_training(work: Work, name: str, steps: int) -> Counter[str]:
         loss = work.forward(name, steps)
     found = Counter(bytes=kept.bytes())
     with evaluations(problem.func) as calls:
-        with _Operators() as out:
+        with Operators() as out:
             loss = work.forward(name, steps)
         evaluated = calls["f"]
-        with _Operators() as back:
+        with Operators() as back:
             torch.autograd.grad(loss, inputs, allow_unused=True)
     found.update({f"{kind} forward": value for kind, value in out.counts.items()})
     found.update({f"{kind} backward": value for kind, value in back.counts.items()})
@@ -110,13 +110,13 @@ def count_f(work: Work) -> tuple[int, int, int]:
         # of two calls the second counts: the first casts the weights
         for _ in range(2):
             y = [leaf.detach() for leaf in work.rounded()]
-            with torch.no_grad(), _Operators() as bare:
+            with torch.no_grad(), Operators() as bare:
                 problem.func(time, problem.state(y))
             y = [leaf.detach().requires_grad_() for leaf in work.rounded()]
-            with _Operators() as forward:
+            with Operators() as forward:
                 k = as_leaves(problem.func(time, problem.state(y)))
             cotangents = [torch.ones_like(velocity) for velocity in k]
-            with _Operators() as backward:
+            with Operators() as backward:
                 torch.autograd.grad(k, [*y, *work.parameters], cotangents, allow_unused=True)
             found = bare.counts["aten"], forward.counts["aten"], backward.counts["aten"]
     return found

@@ -156,22 +156,3 @@ def test_clock_of_the_device_needs_one() -> None:
 
     with pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
         common.interleave({"a": lambda: None}, 1, clock="device")
-
-
-def test_outcomes_of_tests_are_counted(tmp_path: Path) -> None:
-    from bench import check
-
-    junit = tmp_path / "tests.xml"
-    assert check.counts(junit) == {}
-    junit.write_text(
-        '<testsuites><testsuite tests="9" failures="1" errors="2" skipped="3"/></testsuites>',
-    )
-    assert check.counts(junit) == {"tests": 9, "failures": 1, "errors": 2, "skipped": 3, "passed": 3}
-
-
-def test_unknown_checks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    from bench import check
-
-    with pytest.raises(SystemExit):
-        check.main(["tests", "nonsense"])
-    assert "check is 'nonsense', expected one of tests, kernels, solvers" in capsys.readouterr().err
