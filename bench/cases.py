@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rampde import eager, fp8_blocks, ops, scaling
+from rampde import fp8_blocks, ops, scaling, step_state
+from rampde.control import Attempt
+from rampde.methods import get_method
+from rampde.options import AdaptiveOptions
+from rampde.tableau import EmbeddedTableau
 
 PARAMETERS = 16
+LEAVES = 4
 # elements compared with the oracle: the whole operand up to here, its end beyond
 CHECKED = 2**20
 
@@ -87,6 +92,7 @@ def cases(n: int, velocity: torch.dtype, device: torch.device) -> Iterator[Case]
     seven = [*k, *(_state(n, velocity, device) for _ in range(3))]
     arguments = (y, seven, h, b, e, 1e-5, 1e-6, torch.finfo(velocity).eps / 2, 1, after, checkpoint)
     yield Case("rk_error", "rk_error", arguments, (9, 10), moved + 2 * v * n, reduces=True)
+    yield from _steps(y.clone(), after, seven)
     del seven, checkpoint
 
     # the second stage backwards: b_2 = 1/3, and of the later stages only the third has a coefficient
@@ -96,6 +102,7 @@ def cases(n: int, velocity: torch.dtype, device: torch.device) -> Iterator[Case]
     arguments = (y, k, h, None, after, scale)
     yield Case("adjoint_update", "adjoint_update", arguments, (4, 5), (8 + 4 * v) * n, scale)
     del after
+    yield from _leaves(y, k, h, scale)
 
     # a network of PARAMETERS tensors: the state above, cut up
     totals = list(y.tensor_split(PARAMETERS))
@@ -107,6 +114,62 @@ def cases(n: int, velocity: torch.dtype, device: torch.device) -> Iterator[Case]
     yield Case("update_scale", "update_scale", arguments, (0,), 4 * v * n, scale)
 
 
+def _leaves(y: Tensor, k: list[Tensor], h: Tensor, scale: Tensor) -> Iterator[Case]:
+    """The operators on all leaves of a state at once: the state above, cut up into ``LEAVES``."""
+    n, v, velocity = y.numel(), k[0].element_size(), k[0].dtype
+    states = [piece.clone() for piece in y.tensor_split(LEAVES)]
+    # one leaf after the other
+    velocities = [
+        piece.clone() for pieces in zip(*(x.tensor_split(LEAVES) for x in k), strict=True) for piece in pieces
+    ]
+    after = [torch.empty_like(state) for state in states]
+    checkpoints = [torch.empty_like(state, dtype=velocity) for state in states] if v < 4 else []
+    places = [ops.NUMBERS[velocity]] * LEAVES
+    b, e, roundoffs = (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.1, -0.2, 0.2, -0.1), [torch.finfo(velocity).eps / 2] * LEAVES
+    moved = (8 + 4 * v + (v if checkpoints else 0)) * n
+
+    arguments: tuple[Any, ...] = (states, velocities, h, (0.0, 0.0, 0.0, 1.0), places)
+    yield Case("rk_stage_leaves", "rk_stage_leaves", arguments, (), (4 + 2 * v) * n)
+    arguments = (states, velocities, h, b, after, checkpoints, [])
+    yield Case("rk_update_leaves", "rk_update_leaves", arguments, (4, 5), moved)
+    arguments = (states, velocities, h, b, e, 1e-5, 1e-6, roundoffs, after, checkpoints, [])
+    yield Case("rk_error_leaves", "rk_error_leaves", arguments, (8, 9), moved, reduces=True)
+    arguments = (states, velocities, h, 1 / 3, (0.5, 0.0, 0.0, 0.0), places, scale)
+    yield Case("adjoint_stage_leaves", "adjoint_stage_leaves", arguments, (), (4 + 2 * v) * n, scale)
+    arguments = (states, velocities, h, [None] * LEAVES, after, scale)
+    yield Case("adjoint_update_leaves", "adjoint_update_leaves", arguments, (4, 5), (8 + 4 * v) * n, scale)
+
+
+def _steps(y: Tensor, after: Tensor, k: list[Tensor]) -> Iterator[Case]:
+    """The operators of steps that are decided on the device, at a step of dopri5 that stands."""
+    n, v, device = y.numel(), k[0].element_size(), y.device
+    method = get_method("dopri5")
+    assert isinstance(method, EmbeddedTableau)
+    tableau = method.closed
+    numbers = {"dtype": torch.float64, "device": device}
+    # steps of one size, so that all calls are alike, and no output in reach
+    options = AdaptiveOptions(min_step=0.01, max_step=0.01, max_num_steps=10**15)
+    parameters = step_state.Parameters.of(options, method.control_order, 1.0)
+    control = torch.tensor(step_state.initial_control(options, Attempt(0.0, 0.01, 0.01), 0.01), **numbers)
+    record, stage_times = torch.zeros(step_state.RECORD_SIZE, **numbers), torch.zeros(tableau.stages, device=device)
+    sums, sizes = torch.full((1, 2), 0.5 * n, **numbers), torch.full((1,), float(n), **numbers)
+    times = torch.tensor([0.0, 1e30], **numbers)
+    moved = 2 * control.nbytes + record.nbytes + stage_times.nbytes + sums.nbytes + sizes.nbytes + times.nbytes
+    arguments: tuple[Any, ...] = (control, record, stage_times, sums, sizes, times, tableau.nodes, tuple(parameters))
+    yield Case("step_control", "step_control", arguments, (0, 1, 2), moved)
+
+    first, *later = k
+    first, staged = first.clone(), torch.empty_like(first)
+    rows = torch.zeros(2, n, device=device)
+    interpolant = tuple(c for row in tableau.interpolant for c in row)
+    for name, outputs in (("step_commit", 0), ("step_commit, with an output", 1)):
+        record = torch.tensor([1.0, 0.0, 0.01, 0.01, 1.0, 1.0 + outputs], **numbers)
+        times = torch.tensor([0.0, 0.003], **numbers)
+        arguments = (record, times, after, later, interpolant, y, first, rows, staged)
+        # of the seven velocities the second is not in the output; the last one is read in any case
+        yield Case(name, "step_commit", arguments, (5, 6, 7, 8), (12 + 3 * v) * n + outputs * (4 + 5 * v) * n)
+
+
 def _convert(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
@@ -116,7 +179,7 @@ def _convert(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _end(tensor: Tensor) -> Tensor:
-    return tensor[-CHECKED:] if tensor.ndim else tensor
+    return tensor[..., -CHECKED:] if tensor.ndim else tensor
 
 
 def _of_oracle(case: Case) -> tuple[Any, ...]:
@@ -149,8 +212,18 @@ def _check_codes(case: Case) -> None:
         raise RuntimeError(f"{case.name} is wrong: its codes or scales are not those of its step")
 
 
+def _names_dtypes(argument: Any) -> bool:
+    """Whether it is a dtype, or the numbers of some."""
+    numbers = isinstance(argument, list) and all(isinstance(item, int) for item in argument)
+    return isinstance(argument, torch.dtype) or (numbers and bool(argument))
+
+
+def _float64(argument: Any) -> Any:
+    return torch.float64 if isinstance(argument, torch.dtype) else [ops.NUMBERS[torch.float64]] * len(argument)
+
+
 def _results(returned: Any, arguments: Sequence[Any], written: Sequence[int]) -> list[Tensor]:
-    found = [] if returned is None else [returned]
+    found = [] if returned is None else _tensors(returned)
     for index in written:
         found += _tensors(arguments[index])
     return found
@@ -180,8 +253,8 @@ def verify(case: Case) -> float:
     arguments = _of_oracle(case)
     plain = [_convert(argument, lambda tensor: _end(tensor).clone()) for argument in arguments]
     exact = [_convert(argument, double) for argument in arguments]
-    exact = [torch.float64 if isinstance(argument, torch.dtype) else argument for argument in exact]
-    compiled, oracle = getattr(ops, case.operator), getattr(eager, case.operator)
+    exact = [_float64(argument) if _names_dtypes(argument) else argument for argument in exact]
+    compiled, oracle = getattr(ops, case.operator), ops.oracle(case.operator)
     mine = _results(compiled(*case.arguments), case.arguments, case.written)
     _check_codes(case)
     theirs = _results(oracle(*plain), plain, case.written)

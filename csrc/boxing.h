@@ -1,5 +1,6 @@
 // From PyTorch's stack of arguments to a typed function. TORCH_BOX of the stable interface does the
-// same for torch::stable::Tensor; this one serves rampde::Tensor and copies no argument.
+// same for torch::stable::Tensor; this one serves rampde::Tensor and copies no argument. A function
+// may take items out of a list that it takes by reference to other than const.
 
 #pragma once
 
@@ -51,6 +52,14 @@ struct Boxed<std::vector<T>> {
     check_shim(torch_delete_list(list), "free a list");
     return items;
   }
+  static StableIValue box(std::vector<T> items) {
+    StableListHandle list;
+    check_shim(torch_new_list_reserve_size(items.size(), &list), "make a list");
+    for (T& item : items) {
+      check_shim(torch_list_push_back(list, Boxed<T>::box(std::move(item))), "append to a list");
+    }
+    return torch::stable::detail::from(list);
+  }
 };
 
 // dtypes arrive as PyTorch's numbers: an operator says which it supports
@@ -79,7 +88,7 @@ struct Boxer<Result (*)(Arguments...)> {
   template <Result (*function)(Arguments...), size_t... i>
   static void call_with(StableIValue* stack, std::index_sequence<i...>) {
     // everything on the stack is owned by the callee, hence taken off it before anything can fail
-    const std::tuple<std::remove_cvref_t<Arguments>...> arguments{
+    std::tuple<std::remove_cvref_t<Arguments>...> arguments{
         Boxed<std::remove_cvref_t<Arguments>>::unbox(stack[i])...};
     if constexpr (std::is_void_v<Result>) {
       function(std::get<i>(arguments)...);

@@ -109,6 +109,17 @@ def check_counter(op: str, name: str, y: Tensor, counter: Tensor) -> None:
         raise ValueError(f"{op}: {name} is {_describe(counter)}, expected a 0-dim torch.int64 tensor on {y.device}")
 
 
+def check_numbers(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Contiguous numbers of a given shape and dtype, which a kernel reads or writes one by one."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} is {_describe(tensor)} with strides {tensor.stride()}, expected a contiguous {dtype} tensor"
+            f" of shape {shape} on {device}"
+        )
+
+
 def _mismatch(op: str, name: str, y: Tensor, tensor: Tensor) -> ValueError:
     return ValueError(
         f"{op}: {name} is {_describe(tensor)}, expected the shape of y, {tuple(y.shape)}, on {y.device},"

@@ -17,7 +17,7 @@ SMALLEST = {tl.float32: torch.finfo(torch.float32).tiny, tl.float64: torch.finfo
 
 
 @triton.jit
-def _error_block(
+def error_block(
     y_ptr,
     k_ptrs,
     next_ptr,
@@ -91,7 +91,7 @@ def _error_block(
 
 
 @triton.jit
-def _write_sums(sums_ptr, index, square, share, roundoff, mask):
+def write_sums(sums_ptr, index, square, share, roundoff, mask):
     tl.store(sums_ptr + 2 * index, square, mask=mask)
     tl.store(sums_ptr + 2 * index + 1, share * roundoff * roundoff, mask=mask)
 
@@ -126,16 +126,16 @@ def rk_error_kernel(
         offsets = start + tl.arange(0, BLOCK)
         # a mask of unknown alignment splits every access into single elements, so only the last block has one
         if start + BLOCK <= numel:
-            square, share = _error_block(
+            square, share = error_block(
                 y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, scales_ptr, rtol, atol,
                 seed, numel, coefficients, accumulation, stochastic, offsets, None,
             )  # fmt: skip
         else:
-            square, share = _error_block(
+            square, share = error_block(
                 y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, scales_ptr, rtol, atol,
                 seed, numel, coefficients, accumulation, stochastic, offsets, offsets < numel,
             )  # fmt: skip
-        _write_sums(sums_ptr, program, tl.sum(square, 0), tl.sum(share, 0), roundoff, None)
+        write_sums(sums_ptr, program, tl.sum(square, 0), tl.sum(share, 0), roundoff, None)
     else:
         # several short rows, or one part of a long one
         parts: tl.constexpr = (LENGTH + WIDTH - 1) // WIDTH
@@ -143,12 +143,12 @@ def rk_error_kernel(
         column = program % parts * WIDTH + tl.arange(0, WIDTH)
         offsets = row[:, None] * LENGTH + column[None, :]
         mask = (row[:, None] * LENGTH < numel) & (column[None, :] < LENGTH)
-        square, share = _error_block(
+        square, share = error_block(
             y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, scales_ptr, rtol, atol,
             seed, numel, coefficients, accumulation, stochastic, offsets, mask,
         )  # fmt: skip
         index = row * parts + program % parts
-        _write_sums(sums_ptr, index, tl.sum(square, 1), tl.sum(share, 1), roundoff, row * LENGTH < numel)
+        write_sums(sums_ptr, index, tl.sum(square, 1), tl.sum(share, 1), roundoff, row * LENGTH < numel)
 
 
 _launch = Launcher(rk_error_kernel)

@@ -13,7 +13,7 @@ from rampde.kernels.launch import Launcher
 
 
 @triton.jit
-def _stage_block(
+def stage_block(
     y_ptr,
     k_ptrs,
     stage_ptr,
@@ -44,9 +44,9 @@ def rk_stage_kernel(
     offsets = start + tl.arange(0, BLOCK)
     # a mask of unknown alignment splits every access into single elements, so only the last block has one
     if start + BLOCK <= numel:
-        _stage_block(y_ptr, k_ptrs, stage_ptr, h_ptr, coefficients, accumulation, offsets, None)
+        stage_block(y_ptr, k_ptrs, stage_ptr, h_ptr, coefficients, accumulation, offsets, None)
     else:
-        _stage_block(y_ptr, k_ptrs, stage_ptr, h_ptr, coefficients, accumulation, offsets, offsets < numel)
+        stage_block(y_ptr, k_ptrs, stage_ptr, h_ptr, coefficients, accumulation, offsets, offsets < numel)
 
 
 _launch = Launcher(rk_stage_kernel)

@@ -28,7 +28,7 @@ def _note_overflow(stored, overflow_ptr, step, mask):
 
 
 @triton.jit
-def _update_block(
+def update_block(
     y_ptr,
     k_ptrs,
     next_ptr,
@@ -97,12 +97,12 @@ def rk_update_kernel(
     offsets = start + tl.arange(0, BLOCK)
     # a mask of unknown alignment splits every access into single elements, so only the last block has one
     if start + BLOCK <= numel:
-        _update_block(
+        update_block(
             y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, overflow_ptr, scales_ptr,
             step, seed, numel, coefficients, accumulation, stochastic, offsets, None,
         )  # fmt: skip
     else:
-        _update_block(
+        update_block(
             y_ptr, k_ptrs, next_ptr, checkpoint_ptr, compensation_ptr, codes_ptr, h_ptr, overflow_ptr, scales_ptr,
             step, seed, numel, coefficients, accumulation, stochastic, offsets, offsets < numel,
         )  # fmt: skip

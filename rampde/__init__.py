@@ -3,6 +3,7 @@
 from rampde.checkpoint import Binomial, Checkpoint, Fp8, Offload
 from rampde.continuous_adjoint import odeint_adjoint
 from rampde.dense import DenseSolution, odeint_dense
+from rampde.graph_cache import clear_cuda_graphs
 from rampde.implicit_tableau import ImplicitTableau
 from rampde.methods import METHODS, register_method
 from rampde.odeint import odeint
@@ -30,6 +31,7 @@ __all__ = [
     "SolveStats",
     "Stats",
     "__version__",
+    "clear_cuda_graphs",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

@@ -12,7 +12,7 @@ from torch import Tensor
 from rampde.attempts import STIFF, Arithmetic, AttemptedSteps, TensorArithmetic, Trial, stiffness_of
 from rampde.checkpoint.fp8 import Quantised
 from rampde.checkpoint.keeper import Checkpoints, StepStart
-from rampde.control import AdaptiveSteps, Attempt, Control, EqualSteps, TooManySteps
+from rampde.control import AdaptiveSteps, Attempt, Control, EqualSteps, TooManySteps, not_finite
 from rampde.error_norm import ErrorNorm, unit_of_rounding
 from rampde.events import EventSearch
 from rampde.grid import Output, TimeGrid
@@ -83,13 +83,6 @@ class Loop:
 
     def run(self, y: list[Tensor], first: Stage) -> Course:
         """Integrates from ``y``, the leaves of y0 in the state's dtype, where f has the stage ``first``."""
-        if torch.compiler.is_dynamo_compiling():
-            # the host decides on every step: there is nothing here that a graph could hold
-            course: Course = torch._dynamo.disable(self._run)(y, first)
-            return course
-        return self._run(y, first)
-
-    def _run(self, y: list[Tensor], first: Stage) -> Course:
         problem, control, arithmetic, observer = self.problem, self.control, self.arithmetic, self.problem.observer
         compensation: list[Tensor | None] = [torch.zeros_like(leaf) if problem.compensated else None for leaf in y]
         random: tuple[RandomState, ...] = () if problem.random is None else (problem.random,)
@@ -119,10 +112,7 @@ class Loop:
             if observer is not None:
                 observer.accepted(attempt, y, trial.ratio)
             if not math.isfinite(trial.ratio):
-                raise RuntimeError(
-                    f"non-finite values in the state at t = {attempt.end:.6g}, after a step of {abs(attempt.h):.3g}"
-                    " that min_step forced; expected a func that stays finite, or a smaller min_step"
-                )
+                raise not_finite(attempt.end, abs(attempt.h))
             self.rows.step(arithmetic, y, trial)
             ended = self._write_event(y, trial) if self.search is not None else self._write_outputs(y, trial)
             if self.checkpoints is not None:
@@ -202,14 +192,20 @@ class Loop:
             return self.control.propose()
         except TooManySteps as error:
             stiffness = 0.0 if self.latest is None else stiffness_of(self.arithmetic.tableau, *self.latest)
-            advice = (
-                f". The problem is stiff here (h times the rate of its fastest decay is about {stiffness:.2g}, where"
-                ' explicit methods bear 3): use an implicit method, such as "radauIIA5"'
-                if stiffness > STIFF
-                else ". Raise options['max_num_steps'] or the tolerances; if the problem is stiff, use an implicit"
-                ' method, such as "radauIIA5"'
-            )
-            raise RuntimeError(f"{error}{advice}") from None
+            raise RuntimeError(f"{error}{advice(stiffness)}") from None
+
+
+def advice(stiffness: float) -> str:
+    """What to do where there are too many steps."""
+    if stiffness > STIFF:
+        return (
+            f". The problem is stiff here (h times the rate of its fastest decay is about {stiffness:.2g}, where"
+            ' explicit methods bear 3): use an implicit method, such as "radauIIA5"'
+        )
+    return (
+        ". Raise options['max_num_steps'] or the tolerances; if the problem is stiff, use an implicit"
+        ' method, such as "radauIIA5"'
+    )
 
 
 def integrate_adaptive(problem: Problem, y0: Sequence[Tensor], checkpoints: Checkpoints | None) -> list[Tensor]:
@@ -253,20 +249,31 @@ def run_loop(
         control = EqualSteps(start, sign * problem.control.step_size, problem.control.max_num_steps)
     else:
         assert norm is not None
-        assert isinstance(problem.control, AdaptiveOptions)
-        method = problem.method
-        assert isinstance(method, EmbeddedTableau)
-        order = method.control_order
-        if norm.measurable:
-            norm.measure(y, first)
-        h = problem.control.first_step
-        if h is None:
-            with torch.no_grad():
-                h = norm.first_step(y, first, start, sign, order)
-        control = AdaptiveSteps(problem.control, order, start, sign, h)
+        control = adaptive_steps(problem, y, first, norm)
     course = Loop(problem, control, arithmetic, rows, checkpoints, problem.search).run(y, first)
     if norm is not None and isinstance(control, AdaptiveSteps):
         norm.warn_of_rounding(control.worst_noise)
+    conclude(problem, course)
+
+
+def adaptive_steps(problem: Problem, y: list[Tensor], first: Stage, norm: ErrorNorm) -> AdaptiveSteps:
+    """The control of a solve from ``y``, with the size of its first step; ``norm`` measures the rounding of f."""
+    options, method = problem.control, problem.method
+    assert isinstance(options, AdaptiveOptions)
+    assert isinstance(method, EmbeddedTableau)
+    start, sign, order = problem.output_times[0], problem.sign, method.control_order
+    if norm.measurable:
+        norm.measure(y, first)
+    h = options.first_step
+    if h is None:
+        with torch.no_grad():
+            h = norm.first_step(y, first, start, sign, order)
+    return AdaptiveSteps(options, order, start, sign, h)
+
+
+def conclude(problem: Problem, course: Course) -> None:
+    """Tells the problem how its solve went."""
+    start = problem.output_times[0]
     problem.step_times = course.steps
     problem.grid = TimeGrid(problem.grid.points, course.steps.points or [start], course.outputs)
     if course.event_time is not None:

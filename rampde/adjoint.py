@@ -13,10 +13,9 @@ from rampde import scaling
 from rampde.captures import find_unknown_leaf
 from rampde.checkpoint.keeper import Checkpoints
 from rampde.inside import OutputsInside
-from rampde.ops import accumulate_gradients, adjoint_stage, adjoint_update, update_scale
+from rampde.ops import accumulate_gradients, adjoint_update, stage_cotangents, update_adjoints, update_scale
 from rampde.precision import accumulation_dtype
 from rampde.problem import Problem, Stage
-from rampde.tableau import Combination
 from rampde.velocity import vector_jacobian_product
 
 Gradients = list[Tensor | None]
@@ -76,7 +75,11 @@ class Sweep:
         self.any_complex = any(capture.is_complex() for capture in captures)
         self.complete = False  # whether every capture has a total
         self.sparse = False  # whether some f did not depend on some part of the state
-        self.scale_state = None if self.scaler is None else self.scaler.new_state(points.device)
+        self.scale_state: Tensor | None = None
+        self.overflowed: Tensor | None = None  # on the device, where the host is not to know
+        if self.scaler is not None:
+            new_state = self.scaler.recorded_state if problem.recorded else self.scaler.new_state
+            self.scale_state = new_state(points.device)
         self.gradients_wait = not captures or gradients_wait(problem, captures)
         self._place(cotangents)
 
@@ -114,14 +117,16 @@ class Sweep:
         if self.scaler is None:
             for step in reversed(range(steps)):
                 self._sweep_step(step, adjoint, adjoint)
+        elif self.problem.recorded:
+            adjoint = self._run_recorded(adjoint)
         else:
             adjoint = self._run_scaled(adjoint)
         return self._results(adjoint)
 
     def _add_cotangents(self, adjoint: list[Tensor], point: int) -> None:
         zero = self.points.new_zeros(())
-        for leaf, lam in enumerate(adjoint):
-            adjoint_update(lam, [], zero, self.cotangents[leaf].get(point), lam, self.scale_state)
+        rows = [of_leaf.get(point) for of_leaf in self.cotangents]
+        update_adjoints(adjoint, [[]] * len(adjoint), zero, rows, adjoint, self.scale_state)
         self._gather_inside(point - 1)
 
     def _gather_inside(self, step: int) -> None:
@@ -169,6 +174,19 @@ class Sweep:
         for _ in range(int(values[scaling.INCREASED])):
             scaler.note("increase", values[scaling.SCALE])
         return buffers[steps % 2]
+
+    def _run_recorded(self, adjoint: list[Tensor]) -> list[Tensor]:
+        """The sweep under dynamic scaling in a CUDA graph, which cannot resume: after an overflow all gradients are
+        infinite, and the next sweep has less headroom."""
+        assert self.scaler is not None
+        assert self.scale_state is not None
+        self._decide([], steps=0)
+        buffers = (adjoint, [torch.empty_like(lam) for lam in adjoint])
+        for swept in range(self.steps):
+            self._sweep_step(self.steps - 1 - swept, buffers[swept % 2], buffers[(swept + 1) % 2])
+        self.overflowed = self.scaler.keep(self.scale_state)
+        # what is left of a step that overflowed is nothing
+        return [torch.where(self.overflowed, math.inf, lam) for lam in buffers[self.steps % 2]]
 
     def _overflowed(self) -> bool:
         assert self.scale_state is not None
@@ -237,15 +255,13 @@ class Sweep:
         watched = step + 1 == self.steps or step == self.steps // 2
         for i, b, later in swept:
             stage = stages.take(i)
-            cotangents = []
-            for leaf, (lam, of_leaf, k) in enumerate(zip(adjoint, vjps, stage.k, strict=True)):
-                terms: Sequence[Tensor | None] = of_leaf
-                weights = later.weights
-                if self.sparse or not later.dense:
-                    terms, weights = _present(later, of_leaf)
-                if inside is not None:
-                    lam, b = inside.base(lam, step, leaf, i), 1.0
-                cotangents.append(adjoint_stage(lam, terms, h, b, weights, k.dtype, scale_state))
+            bases, terms = adjoint, vjps
+            if not later.dense:
+                terms = [later.pick(of_leaf) for of_leaf in vjps]
+            if inside is not None:
+                bases, b = [inside.base(lam, step, leaf, i) for leaf, lam in enumerate(adjoint)], 1.0
+            dtypes = [k.dtype for k in stage.k]
+            cotangents = stage_cotangents(bases, terms, h, b, later.weights, dtypes, scale_state, self.sparse)
             if watched or self.problem.opaque:
                 self._check_captures(stage)
                 watched = False
@@ -270,13 +286,12 @@ class Sweep:
             else:
                 gradients.extend(products[len(inputs) :])
             # the graph of the stage goes as soon as its product is taken, before that of the next one is made
-            del stage, inputs, cotangents, lam, k, terms, products, product
-        for leaf, lam in enumerate(adjoint):
-            present = [vjp for vjp in vjps[leaf] if vjp is not None] if self.sparse else vjps[leaf]
-            cotangent = self.cotangents[leaf].get(step)
-            if inside is not None:
-                lam = inside.add_to(lam, step, leaf)
-            adjoint_update(lam, present, h, cotangent, adjoint_next[leaf], self.scale_state)
+            del stage, inputs, cotangents, terms, bases, products, product
+        bases = adjoint
+        if inside is not None:
+            bases = [inside.add_to(lam, step, leaf) for leaf, lam in enumerate(adjoint)]
+        rows = [of_leaf.get(step) for of_leaf in self.cotangents]
+        update_adjoints(bases, vjps, h, rows, adjoint_next, scale_state, self.sparse)
         self._gather_inside(step - 1)
         if self.scale_state is not None:
             self._decide(gradients, steps=1)
@@ -344,18 +359,16 @@ class Sweep:
                 total = torch.view_as_complex(total.contiguous())
             totals.append(total)
         gradients: Gradients = [*adjoint]
+        if self.overflowed is not None:
+            overflowed = self.overflowed
+            totals = [None if g is None else torch.where(overflowed, math.inf, g) for g in totals]
+            points = None if points is None else torch.where(overflowed, math.inf, points)
         if self.problem.poison:
             present = [g for g in (*gradients, *totals) if g is not None]
             finite = torch.stack([torch.isfinite(g).all() for g in present]).all()
             gradients = [None if g is None else torch.where(finite, g, math.inf) for g in gradients]
             totals = [None if g is None else torch.where(finite, g, math.inf) for g in totals]
         return gradients, points, totals
-
-
-def _present(later: Combination, vjps: list[Tensor | None]) -> tuple[list[Tensor], list[float]]:
-    """The products in a cotangent and their weights, less those that are zero."""
-    pairs = [(vjp, a) for vjp, a in zip(later.pick(vjps), later.weights, strict=True) if vjp is not None]
-    return [vjp for vjp, _ in pairs], [a for _, a in pairs]
 
 
 class TimeGradient:

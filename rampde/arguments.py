@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from rampde import grid as grids
+from rampde.agreement import Agreement
 from rampde.autocast import switched_off
+from rampde.capture import can_record, is_recorded
 from rampde.checkpoint import Checkpoint
 from rampde.checkpoint.policy import Auto
 from rampde.checkpoint.read import read_checkpoint
+from rampde.compilation import as_written
 from rampde.events import EventSearch
-from rampde.families import EMBEDDED, Family, family_of
+from rampde.families import EMBEDDED, EXPLICIT, Family, family_of, solves_equations
 from rampde.methods import DEFAULT, get_method
 from rampde.observer import Observer
 from rampde.options import AdaptiveOptions, EqualOptions, FixedOptions, warn_of_unknown
@@ -28,6 +31,7 @@ from rampde.statistics import Progress, new_solve
 from rampde.tableau import ButcherTableau, ClosedTableau, EmbeddedTableau, close
 from rampde.tape import tape_is_needed
 from rampde.tolerance import read_tolerance
+from rampde.traced import times_while_compiling
 from rampde.velocity import Velocity
 
 
@@ -59,6 +63,7 @@ def read_arguments(
     compensated: bool,
     checkpoint: object,
     memory_budget: object = None,
+    cuda_graph: bool = False,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
     progress: bool = False,
 ) -> Request:
@@ -77,6 +82,9 @@ def read_arguments(
     options = _check_options(options)
     family = family_of(chosen)
     adaptive = family is EMBEDDED
+    if solves_equations(chosen):
+        # many products are taken of one evaluation, and compiled graphs serve for one
+        func = as_written(func)
     warn_of_unknown(options, family.options, name)
     fixed = FixedOptions() if adaptive else FixedOptions.read(options)
     control: AdaptiveOptions | EqualOptions | None = AdaptiveOptions.read(options) if adaptive else None
@@ -96,9 +104,9 @@ def read_arguments(
         policy = Checkpoint("tape")
     elif torch.compiler.is_dynamo_compiling() and isinstance(policy, Auto):
         # what is measured and what is free are nothing that a compiled function could hold
-        policy = Checkpoint("step")
+        policy = Checkpoint("none")
     family.check_policy(policy, name)
-    for flag, value in (("compensated", compensated), ("progress", progress)):
+    for flag, value in (("compensated", compensated), ("progress", progress), ("cuda_graph", cuda_graph)):
         if not isinstance(value, bool):
             raise TypeError(f"{flag} is {value!r}, expected True or False")
     scaler, poison = _scaler(loss_scaler)
@@ -114,7 +122,17 @@ def read_arguments(
             control = EqualOptions(fixed.step_size)
 
     leaves = spec.flatten(y0)
-    values = _read_host(spec, leaves, t)
+    agreement = _agreement(control, spec, leaves, t, event_fn)
+    if cuda_graph:
+        _check_recordable(spec, name, family, event_fn)
+    being_recorded = is_recorded(spec.device)
+    if torch.compiler.is_dynamo_compiling():
+        t, values = times_while_compiling(t, fixed)
+    elif cuda_graph or being_recorded:
+        needed = adaptive or fixed.step_size is not None or fixed.grid_constructor is not None
+        values = _times_unread(t, needed, being_recorded)
+    else:
+        values = _read_host(spec, leaves, t)
     if t.device != spec.device:
         t = t.to(spec.device)
     stats = new_solve(name)
@@ -135,6 +153,10 @@ def read_arguments(
         output_dtypes=[leaf.real_dtype for leaf in spec.leaves],
         closed=_closed(chosen, fixed) if control is not None else None,
         control=control,
+        agreement=agreement,
+        resident=cuda_graph and adaptive,
+        cuda_graph=cuda_graph and not being_recorded,
+        recorded=being_recorded,
         search=None if event_fn is None else EventSearch(event_fn, spec, tolerance),
         output_times=values,
         observer=observer if observer.listening else None,
@@ -182,6 +204,7 @@ def _check_batch(
             ("options['norm']", control.norm is not None),
             ("options['step_t']", bool(control.step_t)),
             ("options['jump_t']", bool(control.jump_t)),
+            ("options['process_group']", control.process_group is not None),
             ("event_fn", event_fn is not None),
             ("compensated", compensated),
             (
@@ -193,6 +216,18 @@ def _check_batch(
     ]
     if given:
         raise ValueError(f"options['batch_axis'] was given with {', '.join(given)}, expected one without the other")
+
+
+def _agreement(control: object, spec: StateSpec, leaves: list[Tensor], t: Tensor, event_fn: object) -> Agreement | None:
+    """With the other processes that take the same steps; all of them meet here."""
+    if not isinstance(control, AdaptiveOptions) or control.process_group is None:
+        return None
+    if event_fn is not None:
+        raise ValueError(
+            "options['process_group'] was given with event_fn, expected one without the other: each process has an"
+            " event of its own, after which it takes no more steps"
+        )
+    return Agreement(control.process_group, leaves, [leaf.shape.numel() for leaf in spec.leaves], t)
 
 
 def _check_time_tensor(t: object, batched: bool) -> None:
@@ -219,6 +254,35 @@ def _scaler(loss_scaler: object) -> tuple[DynamicScaler | None, bool]:
     return None, True
 
 
+def _check_recordable(spec: StateSpec, method: str, family: Family, event_fn: object) -> None:
+    """Whether a solve can be made of CUDA graphs."""
+    if not can_record(spec.device):
+        raise ValueError(f"cuda_graph is True and y0 is on {spec.device}, expected y0 on a CUDA device")
+    if family not in (EXPLICIT, EMBEDDED):
+        raise ValueError(f'cuda_graph is True with method "{method}", expected an explicit Runge-Kutta method')
+    if event_fn is not None:
+        raise ValueError("cuda_graph is True with event_fn, which the host evaluates in every step; expected one alone")
+    if tape_is_needed():
+        raise RuntimeError("cuda_graph is True in forward mode or a torch.func transform, which see no graph")
+
+
+def _times_unread(t: Tensor, needed: bool, being_recorded: bool) -> list[float]:
+    """The output times, without a look at the device where that can be: nan where they are not ``needed``."""
+    if t.device.type != "cpu" and not needed:
+        return [math.nan] * len(t)
+    values = grids.known_times(t)
+    if values is None:
+        if being_recorded and t.device.type != "cpu":
+            raise RuntimeError(
+                "the values of t decide on the steps, and t is on a device that cannot be read while a CUDA graph is"
+                " recorded; keep t on the CPU, solve once with the same t before recording, or let t hold every step"
+            )
+        values = grids.read_times(t)
+        grids.check_times(values)
+        grids.remember_times(t, values)
+    return values
+
+
 def _read_host(spec: StateSpec, leaves: list[Tensor], t: Tensor) -> list[float]:
     """The output times as floats, checked, and y0 checked to be finite: the one look at the device of a solve."""
     # a sum is finite only where all terms are: one pass, and a closer look only where it is not
@@ -229,6 +293,7 @@ def _read_host(spec: StateSpec, leaves: list[Tensor], t: Tensor) -> list[float]:
             totals_together = torch.stack([total.to(dtype) for total in sums])
             numbers = torch.cat([t.detach().to(dtype).flatten(), totals_together]).tolist()
         values, totals = numbers[: t.numel()], numbers[t.numel() :]
+        grids.remember_times(t, values)
     else:
         if t.device != spec.device:
             warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)

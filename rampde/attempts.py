@@ -15,7 +15,7 @@ from rampde.checkpoint.keeper import Checkpoints
 from rampde.control import Attempt
 from rampde.error_norm import ErrorNorm
 from rampde.grid import time_dtype
-from rampde.ops import rk_stage, rk_update
+from rampde.ops import rk_stage, rk_update, stage_inputs
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.tableau import ClosedTableau, Combination
@@ -122,15 +122,24 @@ class Arithmetic:
         return self.evaluate(time, [leaf.detach() for leaf in x])
 
     def stage_input(self, y: list[Tensor], k: list[list[Tensor]], h: Tensor, inputs: Combination) -> list[Tensor]:
-        return [
-            rk_stage(state, of_leaf if inputs.dense else inputs.pick(of_leaf), h, inputs.weights, dtype)
-            for state, of_leaf, dtype in zip(y, k, self.velocity.dtypes, strict=True)
-        ]
+        terms = k if inputs.dense else [inputs.pick(of_leaf) for of_leaf in k]
+        return stage_inputs(y, terms, h, inputs.weights, self.velocity.dtypes)
 
     def attempt(self, y: list[Tensor], first: Stage, compensation: list[Tensor | None], attempt: Attempt) -> Trial:
         """Takes a step from ``y`` up to its error."""
+        return self.attempt_at(y, first, compensation, attempt, *self.steps.tensors(attempt))
+
+    def attempt_at(
+        self,
+        y: list[Tensor],
+        first: Stage,
+        compensation: list[Tensor | None],
+        attempt: Attempt,
+        h: Tensor,
+        times: Sequence[Tensor],
+    ) -> Trial:
+        """As ``attempt``, with its step size and stage times as tensors."""
         tableau = self.tableau
-        h, times = self.steps.tensors(attempt)
         k = [[value] for value in first.k]
         stages = self.record(first)
         random = self.random()
@@ -216,10 +225,7 @@ class Arithmetic:
     ) -> list[Tensor]:
         """The state inside of a step; ``index`` is that of the output."""
         weights = self.tableau.weights_at(theta)
-        return [
-            rk_stage(state, of_leaf, trial.h, weights[: len(of_leaf)], dtype)
-            for state, of_leaf, dtype in zip(y, trial.k, dtypes, strict=True)
-        ]
+        return stage_inputs(y, trial.k, trial.h, weights[: len(trial.k[0])], dtypes)
 
 
 class TensorArithmetic(Arithmetic):

@@ -51,8 +51,12 @@ def switched_off(device: torch.device) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def uncached_autocast() -> Iterator[None]:
+def uncached_autocast(device: torch.device) -> Iterator[None]:
     """Casts of parameters made here, without a graph, are not used later where there is one."""
+    if not _is_enabled(device.type):
+        # a state that changes would make a compiled f compile anew
+        yield
+        return
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

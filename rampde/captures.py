@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rampde.compilation import as_written, is_compiled
 from rampde.state import State
 
 Edge = tuple[Any, int]  # an autograd node and the number of one of its outputs
@@ -31,6 +32,8 @@ MAX_LENGTH = 1024
 
 # the node of torch.utils.checkpoint that takes gradients with respect to everything or nothing
 _REENTRANT = "CheckpointFunctionBackward"
+# by which FSDP knows that the backward pass has left a call: it would take each product of a sweep for the last one
+_SHARDED = "RegisterPostBackwardFunctionBackward"
 # that of a part of f that torch.compile made
 _COMPILED = "CompiledFunctionBackward"
 
@@ -106,7 +109,7 @@ def record(
     with torch.enable_grad():
         start = _sequence_number()
         recorder = _Recorder(start, threaded=x[0].device.type != "cpu")
-        if hasattr(func, "_orig_mod") or hasattr(func, "_torchdynamo_orig_callable"):
+        if is_compiled(func):
             # a mode would make a compiled f compile anew; its graph alone tells of leaves
             k = evaluate(time, x)
         else:
@@ -114,7 +117,8 @@ def record(
                 k = evaluate(time, x)
     arguments = {id(tensor) for tensor in (time, *x)}
     used, untraced = _walk(k, start, recorder, arguments)
-    reachable, constants, buffers, compiled = reachable_tensors(func)
+    reachable, constants, buffers, compiled, _ = reachable_tensors(as_written(func))
+    compiled = compiled or is_compiled(func)
     known = {id(tensor) for tensor in used}
     unused = [tensor for tensor in reachable if id(tensor) not in known | arguments]
     shown = {id(tensor) for tensor in reachable}
@@ -122,6 +126,10 @@ def record(
     unused, problem = _untangle(used, unused)
     if _REENTRANT in untraced:
         problem = "uses torch.utils.checkpoint with use_reentrant=True, which refuses the products of a sweep"
+    elif _SHARDED in untraced:
+        problem = "runs a method of a sharded module (register_fsdp_forward_method) instead of the module itself"
+    elif any(getattr(tensor, "_is_flat_param", False) for tensor in used):
+        problem = "calls a FullyShardedDataParallel module, which frees its parameters after every evaluation"
     elif untraced:
         problem = f"uses the result of {untraced[0]}, computed outside of it, which could not be traced to a tensor"
     return k, Captures(used + unused, len(used), opaque, problem, compiled or recorder.compiled, constants, buffers)
@@ -262,7 +270,7 @@ def _sequence_number() -> int:
 
 def _walk(k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[int]) -> tuple[list[Tensor], list[str]]:
     """Tensors at which the graph of ``k`` leaves f, and names of nodes that no product can be taken through: outside of
-    f without a tensor that stands for them, or reentrant checkpoints."""
+    f without a tensor that stands for them, reentrant checkpoints, or calls that FSDP watches."""
     found: dict[int, Tensor] = {}
     untraced: list[str] = []
     visited: set[Any] = set()
@@ -288,7 +296,7 @@ def _walk(k: Sequence[Tensor], start: int, recorder: _Recorder, arguments: set[i
         visited.add(node)
         name = node.name()
         recorder.compiled = recorder.compiled or name == _COMPILED
-        if name == _REENTRANT:
+        if name in (_REENTRANT, _SHARDED):
             untraced.append(name)
         if node._sequence_nr() < start and not recorder.numbers_mix and not _is_cached_cast(node):
             untraced.append(node.name())
@@ -305,12 +313,13 @@ def _is_cached_cast(node: Any) -> bool:
 
 class Reachable(NamedTuple):
     """Tensors that an object holds: those that require a gradient, the others, and buffers of modules in training; and
-    whether it holds anything that torch.compile made."""
+    whether it holds anything that torch.compile made. ``registered``: identities of what modules hold as buffers."""
 
     requiring: list[Tensor]
     constants: list[Tensor]
     buffers: list[Tensor]
     compiled: bool
+    registered: set[int]
 
 
 def reachable_tensors(func: object) -> Reachable:
@@ -319,6 +328,7 @@ def reachable_tensors(func: object) -> Reachable:
     constants: dict[int, Tensor] = {}
     buffers: dict[int, Tensor] = {}
     compiled = False
+    registered: set[int] = set()
     visited: set[int] = set()
     pending: list[tuple[object, int]] = [(func, 0)]
     while pending:
@@ -331,21 +341,23 @@ def reachable_tensors(func: object) -> Reachable:
         elif depth < MAX_DEPTH:
             compiled = compiled or _is_compiled(value)
             if isinstance(value, nn.Module):
-                buffers.update((id(buffer), buffer) for buffer in _buffers_in_training(value))
+                buffers.update((id(buffer), buffer) for buffer in _buffers(value, in_training=True))
+                registered.update(id(buffer) for buffer in _buffers(value))
             pending.extend((item, depth + 1) for item in _contents(value) if not isinstance(item, _INERT))
-    return Reachable(list(reversed(found.values())), list(constants.values()), list(buffers.values()), compiled)
+    requiring = list(reversed(found.values()))
+    return Reachable(requiring, list(constants.values()), list(buffers.values()), compiled, registered)
 
 
 def _is_compiled(value: object) -> bool:
     if isinstance(value, nn.Module):
         parts = list(value.modules())
         return any("_orig_mod" in part._modules or part.__dict__.get("_compiled_call_impl") for part in parts)
-    return isinstance(value, types.FunctionType) and "_torchdynamo_orig_callable" in vars(value)
+    return isinstance(value, types.FunctionType) and is_compiled(value)
 
 
-def _buffers_in_training(module: nn.Module) -> Iterator[Tensor]:
+def _buffers(module: nn.Module, in_training: bool = False) -> Iterator[Tensor]:
     for part in module.modules():
-        if part.training:
+        if part.training or not in_training:
             yield from (buffer for buffer in part._buffers.values() if buffer is not None)
 
 

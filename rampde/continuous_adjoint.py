@@ -30,18 +30,21 @@ from rampde.augmented import (
 )
 from rampde.autocast import switched_off
 from rampde.captures import Captures, any_related, hooks_muted, own_shares, reachable_tensors, record
+from rampde.graph_break import breaks_graph
 from rampde.methods import get_method
 from rampde.odeint import odeint
 from rampde.scaling import DynamicScaler, automatic_scaler
+from rampde.sharded import Hold
 from rampde.state import State, StateSpec
 from rampde.statistics import new_solve
 from rampde.tableau import ButcherTableau
 from rampde.velocity import Velocity
 
 # options of the state's solve that mean nothing for the augmented state
-NOT_INHERITED = ("norm", "batch_axis", "batch_tile")
+NOT_INHERITED = ("norm", "batch_axis", "batch_tile", "process_group")
 
 
+@breaks_graph
 def odeint_adjoint(
     func: Callable[[Tensor, Any], Any],
     y0: Any,
@@ -77,10 +80,10 @@ def odeint_adjoint(
         adjoint_rtol, adjoint_atol, adjoint_method: of the adjoint solve; None: those of the forward solve. A list of
             tolerances may have one for each of (t, y, adj_y, *params).
         adjoint_options: options of the adjoint solve, in which all samples share the steps; None: ``options`` without
-            "norm", "batch_axis" and "batch_tile". Its "norm" is a function of the tuple (t, y, adj_y, *params), or
-            (t, *y, *adj_y, *params) where y0 is no tensor, or "seminorm", the default norm without params. The
-            default is the largest of ``|t|``, the norms of y and adj_y (that of ``options``, else root mean square),
-            and the root mean squares of params.
+            "norm", "batch_axis", "batch_tile" and "process_group". Its "norm" is a function of the tuple
+            (t, y, adj_y, *params), or (t, *y, *adj_y, *params) where y0 is no tensor, or "seminorm", the default norm
+            without params. The default is the largest of ``|t|``, the norms of y and adj_y (that of ``options``, else
+            root mean square), and the root mean squares of params.
         adjoint_params: tensors to differentiate with respect to, besides y0 and t. None: the parameters of ``func``,
             and whatever else it was seen to use. Those that do not require a gradient are left out.
         loss_scaler: as in :func:`rampde.odeint`: None scales each cotangent of ``func`` where float16 takes part.
@@ -114,6 +117,11 @@ def odeint_adjoint(
     options = {} if options is None else options
     if adjoint_options is None:
         adjoint_options = {name: value for name, value in options.items() if name not in NOT_INHERITED}
+    elif adjoint_options.get("process_group") is not None:
+        raise ValueError(
+            "adjoint_options has process_group, expected it in options alone: in the adjoint solve each process has"
+            " steps of its own"
+        )
     # read once: they may be generators, and both solves need them
     rtol, atol, adjoint_rtol, adjoint_atol = (_listed(tol) for tol in (rtol, atol, adjoint_rtol, adjoint_atol))
     get_method(adjoint_method)  # a wrong name is an error now, and not in the backward pass
@@ -127,35 +135,40 @@ def odeint_adjoint(
 
     velocity = Velocity(func, spec, velocity_dtype)
     recorder = _Recorder(velocity)
-    with torch.no_grad():
-        result = odeint(recorder if given is None else func, y0, t, **forward)
-    event_time, solution = ([], result) if event_fn is None else ([result[0]], result[1])
-    parameters = _found_parameters(func, recorder.found) if given is None else given
-    if parameters.any_excluded and callable(adjoint_options.get("norm")):
-        warnings.warn(
-            "An adjoint parameter does not require a gradient: it is left out of the adjoint solve and will not be"
-            ' passed to adjoint_options["norm"]',
-            UserWarning,
-            stacklevel=2,
+    leaves = spec.flatten(y0)
+    with Hold(leaves, lambda: recorder.found is not None) as hold:
+        with torch.no_grad():
+            result = odeint(recorder if given is None else func, y0, t, **forward)
+        event_time, solution = ([], result) if event_fn is None else ([result[0]], result[1])
+        if given is not None:
+            hold.check_parameters(given.tensors)
+        parameters = _found_parameters(func, recorder.found) if given is None else given
+        if parameters.any_excluded and callable(adjoint_options.get("norm")):
+            warnings.warn(
+                "An adjoint parameter does not require a gradient: it is left out of the adjoint solve and will not be"
+                ' passed to adjoint_options["norm"]',
+                UserWarning,
+                stacklevel=2,
+            )
+        problem = AugmentedProblem(
+            velocity=velocity,
+            parameters=parameters,
+            method=adjoint_method,
+            rtol=augmented_tolerance("rtol", rtol, adjoint_rtol, spec, parameters.tensors),
+            atol=augmented_tolerance("atol", atol, adjoint_atol, spec, parameters.tensors),
+            options=adjoint_options | {"norm": norm},
+            compensated=compensated,
+            time_needs_grad=t.requires_grad,
+            until_event=event_fn is not None,
+            scaler=_scaler(loss_scaler),
+            scaler_given=isinstance(loss_scaler, DynamicScaler),
+            poison=loss_scaler is not None,
+            stats=new_solve("adjoint"),
         )
-    problem = AugmentedProblem(
-        velocity=velocity,
-        parameters=parameters,
-        method=adjoint_method,
-        rtol=augmented_tolerance("rtol", rtol, adjoint_rtol, spec, parameters.tensors),
-        atol=augmented_tolerance("atol", atol, adjoint_atol, spec, parameters.tensors),
-        options=adjoint_options | {"norm": norm},
-        compensated=compensated,
-        time_needs_grad=t.requires_grad,
-        until_event=event_fn is not None,
-        scaler=_scaler(loss_scaler),
-        scaler_given=isinstance(loss_scaler, DynamicScaler),
-        poison=loss_scaler is not None,
-        stats=new_solve("adjoint"),
-    )
-    solution, *event_time = _ContinuousAdjoint.apply(  # type: ignore[no-untyped-call]
-        problem, [joined(spec, solution), *event_time], t, *spec.flatten(y0), *parameters.tensors
-    )
+        solution, *event_time = _ContinuousAdjoint.apply(  # type: ignore[no-untyped-call]
+            problem, [joined(spec, solution), *event_time], t, *leaves, *parameters.tensors
+        )
+        hold.release([solution])
     if not spec.is_tensor:
         leaves = [leaf.to(own.real_dtype) for leaf, own in zip(split(spec, solution), spec.leaves, strict=True)]
         solution = spec.unflatten(leaves)

@@ -141,20 +141,12 @@ class AdaptiveSteps:
     def propose(self) -> Attempt:
         options, sign, start = self._options, self._sign, self.time
         if self._attempts >= options.max_num_steps:
-            raise TooManySteps(
-                f"max_num_steps exceeded ({self._attempts} >= {options.max_num_steps}) between two output times: at t ="
-                f" {start:.6g} with steps of {self.h:.3g}"
-            )
+            raise too_many(self._attempts, options.max_num_steps, start, self.h)
         self._attempts += 1
-        size = self.h if math.isfinite(self.h) else options.min_step
-        size = min(max(size, options.min_step), options.max_step)
+        size = bounded(self.h, options)
         end = options.rounded(start + sign * size)
         if end == start:
-            raise RuntimeError(
-                f"underflow in the step size: it fell to {size:.3g} at t = {start:.6g}, where time no longer moves."
-                " Either func is not finite or has a singularity here, or the tolerances are below what its precision"
-                " can reach, or it jumps: name such times in options['jump_t']"
-            )
+            raise underflow(size, start)
         before_jump = False
         stop = self._next(self._step_times, start, end)
         jump = self._next(self._jump_times, start, end if stop is None else stop)
@@ -205,5 +197,35 @@ def no_event(steps: int, size: float, end: float) -> RuntimeError:
     )
 
 
+def bounded(size: float, options: AdaptiveOptions) -> float:
+    """The size of the next step where ``size`` is wanted."""
+    return min(max(size if math.isfinite(size) else options.min_step, options.min_step), options.max_step)
+
+
+def underflow(size: float, start: float) -> RuntimeError:
+    """The error of a step that is too small."""
+    return RuntimeError(
+        f"underflow in the step size: it fell to {size:.3g} at t = {start:.6g}, where time no longer moves."
+        " Either func is not finite or has a singularity here, or the tolerances are below what its precision"
+        " can reach, or it jumps: name such times in options['jump_t']"
+    )
+
+
+def not_finite(end: float, size: float) -> RuntimeError:
+    """The error of a step that ``min_step`` forced and whose end, ``end``, is not finite."""
+    return RuntimeError(
+        f"non-finite values in the state at t = {end:.6g}, after a step of {size:.3g}"
+        " that min_step forced; expected a func that stays finite, or a smaller min_step"
+    )
+
+
 class TooManySteps(RuntimeError):
     """More steps than ``max_num_steps``."""
+
+
+def too_many(attempts: int, allowed: int, start: float, size: float) -> TooManySteps:
+    """The error of more attempts between two outputs than are allowed."""
+    return TooManySteps(
+        f"max_num_steps exceeded ({attempts} >= {allowed}) between two output times: at t ="
+        f" {start:.6g} with steps of {size:.3g}"
+    )

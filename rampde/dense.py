@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from rampde.arguments import Request, read_arguments
 from rampde.attempts import Arithmetic, Trial
 from rampde.control import Attempt, Replay
 from rampde.families import EMBEDDED, family_of
+from rampde.graph_break import breaks_graph, outside
 from rampde.grid import Output
 from rampde.methods import get_method
 from rampde.problem import Stage
@@ -46,6 +48,7 @@ class DenseSolution:
         self._sign = -1.0 if end < times[0] else 1.0
         self._ascending = [self._sign * time for time in times]
 
+    @partial(outside, reason="the step of a solution in which a time lies follows from the value of the time")
     def __call__(self, t: Tensor | float) -> Any:
         """The states at ``t``: for each tensor of y0 (*t.shape, *shape), in its dtype; differentiable.
 
@@ -80,6 +83,7 @@ class DenseSolution:
         return results
 
 
+@breaks_graph
 def odeint_dense(
     func: Callable[[Tensor, Any], Any],
     y0: Any,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rampde.autocast import uncached_autocast
-from rampde.ops import rk_error, rk_stage
+from rampde.ops import error_sums, rk_error, rk_stage
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.tableau import ClosedTableau
@@ -68,7 +68,11 @@ class ErrorNorm:
         self.roundoffs = [unit for _ in spec.leaves]
         # of the last step: error and rounding's share in it, squared, by leaf
         self._parts: list[tuple[float, float]] = []
-        self.sizes = [max(leaf.shape.numel(), 1) for leaf in spec.leaves]
+        self.agreement = problem.agreement
+        # of the whole batch, where other processes have parts of it
+        self.sizes = (
+            [max(leaf.shape.numel(), 1) for leaf in spec.leaves] if self.agreement is None else self.agreement.sizes
+        )
         self.fused = problem.norm_is_fused
         tableau: ClosedTableau = problem.tableau  # type: ignore[assignment]  # closed: adaptive ones are
         self.b, self.e = tableau.error_weights
@@ -105,31 +109,32 @@ class ErrorNorm:
     ) -> tuple[float, float]:
         """Writes the state at the end of the step; its error and the rounding's share of it.
 
+        The arguments are those of ``fused_sums``.
+        """
+        sums = self.fused_sums(y, k, h, y_next, rounded, compensation, quantised)
+        values = (sums if self.agreement is None else self.agreement.sum(sums)).tolist()
+        self._parts = [(square / size, share / size) for (square, share), size in zip(values, self.sizes, strict=True)]
+        return self._judged()
+
+    def fused_sums(
+        self,
+        y: Sequence[Tensor],
+        k: Sequence[Sequence[Tensor]],
+        h: Tensor,
+        y_next: Sequence[Tensor | None],
+        rounded: Sequence[Tensor | None] | None,
+        compensation: Sequence[Tensor | None],
+        quantised: Sequence[tuple[Any, ...]],
+    ) -> Tensor:
+        """Writes the state at the end of the step; the sums that its error is made of, (leaves, 2) float64.
+
         ``y_next`` and ``rounded``, where given, receive the state and the rounded state; ``quantised``: further
         arguments of the operator, leaf by leaf.
         """
         tolerance = self.problem.tolerance
-        sums = [
-            rk_error(
-                state,
-                of_leaf,
-                h,
-                self.b,
-                self.e,
-                tolerance.rtol[leaf],
-                tolerance.atol[leaf],
-                self.roundoffs[leaf],
-                1,
-                y_next[leaf],
-                None if rounded is None else rounded[leaf],
-                compensation[leaf],
-                *quantised[leaf],
-            )
-            for leaf, (state, of_leaf) in enumerate(zip(y, k, strict=True))
-        ]
-        values = sums[0].tolist() if len(sums) == 1 else torch.cat(sums).tolist()
-        self._parts = [(square / size, share / size) for (square, share), size in zip(values, self.sizes, strict=True)]
-        return self._judged()
+        bounds: Any = (tolerance.rtol, tolerance.atol, self.roundoffs)
+        outputs: Any = (y_next, [None] * len(y) if rounded is None else rounded, compensation, quantised)
+        return error_sums(y, k, h, self.b, self.e, *bounds, *outputs)
 
     def _judged(self) -> tuple[float, float]:
         """Error without rounding's share, and that share, of the worst leaf each."""
@@ -145,22 +150,24 @@ class ErrorNorm:
         device = velocity.spec.device
         random = RandomState.current(device)
         unit = self.unit / (ROUNDOFF / 2)
-        with torch.no_grad(), uncached_autocast():
+        with torch.no_grad(), uncached_autocast(device):
             moved = velocity.evaluate(at.time.detach(), [_moved_by(leaf.detach(), unit) for leaf in at.x])
-        if not random.equals(RandomState.current(device)):
-            # what f draws at random would count as rounding
+        drew = not random.equals(RandomState.current(device))
+        if drew:
             random.restore()
-            self.measurable = False
-            return self._judged() if self._parts else (0.0, 0.0)
         y = [leaf.detach() for leaf in y]
         k = [value.detach().to(leaf.dtype) for value, leaf in zip(at.k, y, strict=True)]
         changes = [new.detach().to(leaf.dtype) - old for new, old, leaf in zip(moved, k, y, strict=True)]
         sizes = self._magnitudes(y)
-        pairs = zip(self._ratios(changes, sizes), self._ratios(k, sizes), self.sizes, strict=True)
-        for leaf, (change, whole, size) in enumerate(pairs):
-            of_change, of_whole = _root_mean_square(change, size), _root_mean_square(whole, size)
+        squares = [_sum_of_squares(ratio) for ratio in (*self._ratios(changes, sizes), *self._ratios(k, sizes))]
+        *squares, any_drew = self._sums([*squares, float(drew)])
+        if any_drew:
+            # what f draws at random would count as rounding
+            self.measurable = False
+            return self._judged() if self._parts else (0.0, 0.0)
+        for leaf, (of_change, of_whole) in enumerate(zip(squares[: len(y)], squares[len(y) :], strict=True)):
             if math.isfinite(of_change) and of_whole > 0:
-                self.roundoffs[leaf] = max(self.unit, of_change / of_whole)
+                self.roundoffs[leaf] = max(self.unit, math.sqrt(of_change / of_whole))
         if not self._parts:
             return 0.0, 0.0
         factors = [(new / old) ** 2 for old, new in zip(before, self.roundoffs, strict=True)]
@@ -176,7 +183,7 @@ class ErrorNorm:
         """As ``fused_update``, of a state of one tensor."""
         rtol, atol = self.problem.tolerance.rtol[0], self.problem.tolerance.atol[0]
         sums = rk_error(y, k, h, self.b, self.e, rtol, atol, self.roundoffs[0], 1, y_next)
-        square, share = sums.tolist()[0]
+        square, share = (sums if self.agreement is None else self.agreement.sum(sums)).tolist()[0]
         size = self.sizes[0]
         self._parts = [(square / size, share / size)]
         return self._judged()
@@ -203,15 +210,28 @@ class ErrorNorm:
             ]
             shares = self._ratios(rounding, sizes)
         if self.norm is None:
-            self._parts = [
-                (_root_mean_square(ratio, size) ** 2, _root_mean_square(share, size) ** 2)
-                for ratio, share, size in zip(ratios, shares, self.sizes, strict=True)
-            ]
+            squares = self._sums([_sum_of_squares(ratio) for ratio in (*ratios, *shares)])
+            pairs = zip(squares[: len(ratios)], squares[len(ratios) :], self.sizes, strict=True)
+            self._parts = [(square / size, share / size) for square, share, size in pairs]
             return self._judged()
-        unflatten = self.problem.velocity.spec.unflatten
-        noise = abs(float(self.norm(unflatten(shares)))) if self.unit else 0.0
-        self._parts = [(abs(float(self.norm(unflatten(ratios)))) ** 2, noise**2)]
+        error, noise = self._largest([self._norm(ratios), self._norm(shares) if self.unit else 0.0])
+        self._parts = [(error**2, noise**2)]
         return self._judged()
+
+    def _sums(self, values: list[float]) -> list[float]:
+        """Sums over the batch, of which this process may have a part only."""
+        return values if self.agreement is None else self.agreement.sums(values)
+
+    def _largest(self, values: list[float]) -> list[float]:
+        """The user's norm takes part by part what no sum could join."""
+        return values if self.agreement is None else self.agreement.largest(values)
+
+    def _norm(self, ratios: Sequence[Tensor]) -> float:
+        """The user's norm."""
+        assert self.norm is not None
+        if self.agreement is not None and not any(ratio.numel() for ratio in ratios):
+            return 0.0  # a process without a part of the batch has no say
+        return abs(float(self.norm(self.problem.velocity.spec.unflatten(ratios))))
 
     def _magnitudes(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Absolute values, of complex leaves one for both parts."""
@@ -220,12 +240,13 @@ class ErrorNorm:
             for leaf, of_leaf in zip(leaves, self.problem.velocity.spec.leaves, strict=True)
         ]
 
-    def _norm(self, values: Sequence[Tensor], sizes: Sequence[Tensor]) -> float:
-        """The norm of ``values`` in units of the tolerance at states of these ``sizes``."""
-        ratios = self._ratios(values, sizes)
+    def _norms(self, groups: Sequence[Sequence[Tensor]], sizes: Sequence[Tensor]) -> list[float]:
+        """The norm of each of ``groups`` in units of the tolerance at states of these ``sizes``."""
+        ratios = [self._ratios(values, sizes) for values in groups]
         if self.norm is not None:
-            return abs(float(self.norm(self.problem.velocity.spec.unflatten(ratios))))
-        return max((_root_mean_square(ratio, size) for ratio, size in zip(ratios, self.sizes, strict=True)))
+            return self._largest([self._norm(of_group) for of_group in ratios])
+        squares = iter(self._sums([_sum_of_squares(ratio) for of_group in ratios for ratio in of_group]))
+        return [max(math.sqrt(next(squares) / size) for size in self.sizes) for _ in groups]
 
     def _ratios(self, values: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
         """``values`` in units of the tolerance at states of these ``sizes``."""
@@ -249,7 +270,7 @@ class ErrorNorm:
         y = [leaf.detach() for leaf in y]
         k = [value.detach().to(leaf.dtype) for value, leaf in zip(first.k, y, strict=True)]
         sizes = self._magnitudes(y)
-        of_state, of_velocity = self._norm(y, sizes), self._norm(k, sizes)
+        of_state, of_velocity = self._norms([y, k], sizes)
         if not math.isfinite(of_velocity):
             raise RuntimeError(f"func is not finite at the initial state, t = {start:.6g}; expected finite values")
         guess = 1e-6 if of_state < 1e-5 or of_velocity < 1e-5 else 0.01 * of_state / of_velocity
@@ -257,12 +278,13 @@ class ErrorNorm:
         h = h.to(y[0].device)
         x = [rk_stage(leaf, [slope], h, [1.0], dtype) for leaf, slope, dtype in zip(y, k, velocity.dtypes, strict=True)]
         time = torch.tensor(start + sign * guess, dtype=velocity.spec.time_dtype, device=y[0].device)
-        with uncached_autocast():
+        with uncached_autocast(velocity.spec.device):
             moved = [value.detach() for value in velocity.evaluate(time, x)]
         changes = [new.to(old.dtype) - old for new, old in zip(moved, k, strict=True)]
         # a change that rounding alone would make says nothing about the problem
         of_rounding = [roundoff * value for roundoff, value in zip(self.roundoffs, k, strict=True)]
-        change = max(self._norm(changes, sizes) - self._norm(of_rounding, sizes), 0.0) / guess
+        of_change, hidden = self._norms([changes, of_rounding], sizes)
+        change = max(of_change - hidden, 0.0) / guess
         if of_velocity <= 1e-15 and change <= 1e-15:
             step = max(1e-6, guess * 1e-3)
         else:
@@ -290,8 +312,8 @@ def _fitted(bound: Bound, value: Tensor, is_complex: bool) -> float | Tensor:
     return bound
 
 
-def _root_mean_square(ratio: Tensor, size: int) -> float:
-    return math.sqrt(float(ratio.square().sum()) / size)
+def _sum_of_squares(ratio: Tensor) -> float:
+    return float(ratio.square().sum())
 
 
 def _root_of_squares(k: Sequence[Tensor], weights: Sequence[float], h: Tensor) -> Tensor:

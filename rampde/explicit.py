@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rampde.adaptive import integrate_adaptive
@@ -14,18 +15,35 @@ from rampde.checkpoint.costs import Sizes
 from rampde.checkpoint.keeper import Checkpoints
 from rampde.checkpoint.keepers import new_checkpoints
 from rampde.checkpoint.policy import NoneWhileItFits
+from rampde.compiled_steps import NotServed, StepRoads
 from rampde.forward import integrate
+from rampde.graph_cache import solve_recorded
 from rampde.grid import StepTimes, stage_times
 from rampde.per_sample import integrate_per_sample
 from rampde.per_sample_adjoint import PerSampleSweep
 from rampde.problem import Problem, Stage
+from rampde.recorded_attempts import integrate_recorded
+from rampde.resident import Resident, integrate_resident
 from rampde.roads import Roads, travel
 from rampde.tape import integrate_taped
 from rampde.tape_adaptive import integrate_adaptive_taped, repeat_adaptive_taped
+from rampde.traced import integrate_traced
 
 
 def solve_explicit(problem: Problem, y0: list[Tensor]) -> list[Tensor]:
     """As :func:`rampde.roads.travel`, by a method of :class:`rampde.tableau.ButcherTableau`."""
+    if torch.compiler.is_dynamo_compiling():
+        return integrate_traced(problem, y0)
+    if StepRoads.serves(problem):
+        whole_steps = StepRoads(problem)
+        try:
+            return travel(whole_steps, problem, y0)
+        except NotServed:
+            pass
+        finally:
+            whole_steps.leave(problem)
+    if problem.cuda_graph and problem.closed is None:
+        return solve_recorded(GridRoads, problem, y0)
     if problem.per_sample:
         return travel(SampleRoads(), problem, y0)
     return travel(GridRoads() if problem.closed is None else SteppingRoads(), problem, y0)
@@ -86,10 +104,14 @@ class SteppingRoads(_ExplicitRoads):
         return problem.first_time().detach()
 
     def out(self, problem: Problem, y0: list[Tensor], kept: Checkpoints | None) -> list[Tensor]:
+        if problem.cuda_graph:
+            return integrate_recorded(problem, y0, kept)
+        if problem.resident and Resident.serves(problem, kept):
+            return integrate_resident(problem, y0, kept)
         return integrate_adaptive(problem, y0, kept)
 
     def choose(self, problem: Problem, sizes: Sizes, budget: int) -> Checkpoint:
-        if sizes.graph * sizes.stages > budget:
+        if problem.resident or sizes.graph * sizes.stages > budget:
             return Checkpoint("step")
         return NoneWhileItFits(budget, sizes.graph)
 

@@ -70,6 +70,14 @@ SCIPY = Family(
 IMPLICIT = Family(FIXED.with_known(_names(NewtonOptions)), solve_implicit, has_tape=False)
 
 
+def solves_equations(method: object) -> bool:
+    """Whether a step takes the solution of an equation with f, and with that many products of one evaluation.
+
+    ``method`` as :func:`rampde.methods.get_method` returned it.
+    """
+    return isinstance(method, ImplicitTableau) or (isinstance(method, AdamsMethod) and method.implicit)
+
+
 def family_of(method: object) -> Family:
     """The family of a method that :func:`rampde.methods.get_method` returned."""
     if isinstance(method, EmbeddedTableau):

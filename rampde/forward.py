@@ -12,7 +12,7 @@ from rampde.checkpoint.fp8 import Quantised
 from rampde.checkpoint.keeper import Checkpoints, StepStart
 from rampde.control import Attempt
 from rampde.grid import StepTimes, unbound
-from rampde.ops import rk_update
+from rampde.ops import rk_update, update_states
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.stages import evaluate_stages, evaluate_tensor_stages
@@ -52,7 +52,7 @@ def integrate(
         _integrate_tensor(problem, y[0], step_times, checkpoints, outputs, any_rounded, overflow_step)
     else:
         _integrate_leaves(problem, y, step_times, checkpoints, outputs, rounded, overflow_step)
-    if overflow_step is not None:
+    if overflow_step is not None and not problem.recorded:
         warn_of_overflow(problem, int(overflow_step.item()))
     return outputs.leaves
 
@@ -101,16 +101,16 @@ def _integrate_leaves(
             torch.empty_like(state, dtype=dtype) if separate else state
             for state, dtype, separate in zip(y_next, velocity.dtypes, rounded, strict=True)
         ]
-        if quantiser is not None:
+        k = velocities if update.dense else [update.pick(of_leaf) for of_leaf in velocities]
+        saved = [checkpoint if separate else None for checkpoint, separate in zip(x, rounded, strict=True)]
+        if quantiser is None:
+            update_states(y, k, h, weights, y_next, saved, compensation, overflow_step, step)
+        else:
             quantised = [quantiser.empty_like(leaf) for leaf in y]
-        for leaf, state in enumerate(y):
-            k = velocities[leaf] if update.dense else update.pick(velocities[leaf])
-            checkpoint = x[leaf] if rounded[leaf] else None
-            outputs_of_leaf = (y_next[leaf], checkpoint, compensation[leaf], overflow_step, step)
-            if quantiser is None or quantised is None:
-                rk_update(state, k, h, weights, *outputs_of_leaf)
-            else:
-                rk_update(state, k, h, weights, *outputs_of_leaf, *quantiser.arguments(quantised[leaf], step + 1, leaf))
+            for leaf, state in enumerate(y):
+                outputs_of_leaf = (y_next[leaf], saved[leaf], compensation[leaf], overflow_step, step)
+                in_8_bits = quantiser.arguments(quantised[leaf], step + 1, leaf)
+                rk_update(state, k[leaf], h, weights, *outputs_of_leaf, *in_8_bits)
         if observer is not None:
             observer.accepted(attempt, y, 0.0)
         y = y_next

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rampde.autocast import switched_off
+from rampde.compilation import traced_as_constant
 
 GridConstructor = Callable[[Callable[..., object], object, Tensor], Tensor]
 
@@ -48,6 +50,10 @@ class TimeGrid:
     @property
     def steps(self) -> int:
         return len(self.times) - 1
+
+    def at(self, points: Tensor) -> TimeGrid:
+        """The same grid, its points in another tensor."""
+        return TimeGrid(points, self.times, self.outputs)
 
     def with_outputs_inside(self) -> TimeGrid:
         """The same grid; outputs that meet a step's end without being it count as inside of the step."""
@@ -99,12 +105,7 @@ def grid_of_step_size(t: Tensor, values: list[float], step_size: float, device: 
     """Steps of ``step_size`` from ``t[0]``; the last one is cut short at ``t[-1]``."""
     if len(values) == 1:
         return grid_of_outputs(t, values, device)
-    # in t's own precision, as the last point must coincide with t[-1] where the user's arithmetic says so
-    ends = torch.tensor([values[0], values[-1]], dtype=t.dtype)
-    count = torch.ceil((ends[1] - ends[0]).abs() / step_size).item()
-    if not count <= MAX_STEPS:
-        raise ValueError(f"step_size is {step_size}, which makes {count:.3g} steps, expected at most {MAX_STEPS}")
-    steps = max(int(count), 1)
+    steps = _count_steps(values[0], values[-1], t.dtype, step_size)
     signed = math.copysign(step_size, values[-1] - values[0])
     times = [values[0] + signed * n for n in range(steps)] + [values[-1]]
     if steps > 1 and abs(times[-2] - times[0]) >= abs(times[-1] - times[0]):
@@ -115,6 +116,38 @@ def grid_of_step_size(t: Tensor, values: list[float], step_size: float, device: 
     with switched_off(device):
         points = torch.cat([start + offsets, end[None]])
     return TimeGrid(points, times, _place(values, times))
+
+
+@traced_as_constant
+def _count_steps(start: float, end: float, dtype: torch.dtype, step_size: float) -> int:
+    """How many steps of ``step_size`` it takes, in t's own precision ``dtype``: the last point must coincide with the
+    last time where the user's arithmetic says so."""
+    ends = torch.tensor([start, end], dtype=dtype)
+    count = torch.ceil((ends[1] - ends[0]).abs() / step_size).item()
+    if not count <= MAX_STEPS:
+        raise ValueError(f"step_size is {step_size}, which makes {count:.3g} steps, expected at most {MAX_STEPS}")
+    return max(int(count), 1)
+
+
+@traced_as_constant
+def read_times(t: Tensor) -> list[float]:
+    """Times as numbers on the host; while ``torch.compile`` traces, those of the tensors that it traces with."""
+    times: list[float] = t.detach().to("cpu", torch.float64).flatten().tolist()
+    return times
+
+
+_KNOWN: MutableMapping[Tensor, tuple[int, list[float]]] = WeakTensorKeyDictionary()
+
+
+def known_times(t: Tensor) -> list[float] | None:
+    """The values of ``t``, where they were remembered and have not changed since."""
+    version, values = _KNOWN.get(t, (-1, []))
+    return values if version == t._version else None
+
+
+def remember_times(t: Tensor, values: list[float]) -> None:
+    """Makes a second look at ``t`` needless."""
+    _KNOWN[t] = t._version, values
 
 
 def grid_of_points(points: object, t: Tensor, values: list[float], device: torch.device) -> TimeGrid:
@@ -130,7 +163,7 @@ def grid_of_points(points: object, t: Tensor, values: list[float], device: torch
         raise ValueError(f"grid_constructor returned a tensor of shape {list(points.shape)}, expected one dimension")
     if points.device.type == "meta" or points.layout != torch.strided:
         raise TypeError(f"grid_constructor returned {_describe(points)}, expected a dense tensor with data")
-    times = points.detach().to("cpu", torch.float64).tolist()
+    times = read_times(points)
     for index, time in enumerate(times):
         if not math.isfinite(time):
             raise ValueError(f"grid_constructor returned {time} as point {index}, expected finite times")
@@ -161,6 +194,7 @@ def _describe(value: object) -> str:
     return f"a {value.dtype} tensor of layout {value.layout} on {value.device}"
 
 
+@traced_as_constant
 def _place(values: list[float], times: list[float]) -> list[Output]:
     sign = 1.0 if times[-1] >= times[0] else -1.0
     ascending = [sign * time for time in times]
@@ -219,6 +253,13 @@ class StepTimes:
         return self._h_of_chunk[offset], self._times_of_chunk[first : first + self._stages]
 
 
+def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``values`` as a tensor of one dimension, which is not to be changed."""
+    # a compiler sees no memory of earlier calls, and makes constants by itself
+    make = torch.tensor if torch.compiler.is_dynamo_compiling() else _on_device
+    return make(values, dtype=dtype, device=device)
+
+
 @lru_cache
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
@@ -231,7 +272,7 @@ def stage_times(points: Tensor, nodes: tuple[float, ...], dtype: torch.dtype, pe
     """
     start, end = points[:-1], points[1:]
     h = end - start
-    times = start[:, None] + h[:, None] * _on_device(nodes, h.dtype, h.device)
+    times = start[:, None] + h[:, None] * constants(nodes, h.dtype, h.device)
     for stage, node in enumerate(nodes):
         if node == 1.0:
             times[:, stage] = end  # start + h may miss it by its rounding

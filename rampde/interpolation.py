@@ -30,7 +30,7 @@ def interpolate(problem: Problem, states: list[Tensor], t: Tensor, method: str) 
         return states
     t = t.to(states[0].device, time_dtype(states[0].device))
     points = problem.grid.points
-    row = {point: index for index, point in enumerate(problem.kept)}
+    row = {point: index for index, point in enumerate(problem.grid.kept)}
     velocities: dict[int, list[Tensor]] = {}
 
     def velocity_at(point: int) -> list[Tensor]:
@@ -72,7 +72,7 @@ def _hermite(theta: Tensor, h: Tensor, y0: Tensor, y1: Tensor, k0: Tensor, k1: T
 
 def _velocity(problem: Problem, time: Tensor, y: list[Tensor]) -> list[Tensor]:
     """f at a grid point, in the state's dtype."""
-    if problem.checkpoint.is_tape or not torch.is_grad_enabled():
+    if problem.checkpoint.is_tape or not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         x = [leaf.to(dtype) for leaf, dtype in zip(y, problem.velocity.dtypes, strict=True)]
         return problem.velocity.evaluate(time, x)
     return list(_Evaluation.apply(problem, time, len(y), *y, *problem.captures))  # type: ignore[no-untyped-call]

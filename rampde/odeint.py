@@ -11,6 +11,7 @@ from torch import Tensor
 from rampde.arguments import read_arguments
 from rampde.checkpoint import Checkpoint
 from rampde.event_on_grid import solve_until_event
+from rampde.graph_break import breaks_graph, is_held
 from rampde.interpolation import interpolate
 from rampde.scaling import DynamicScaler
 from rampde.tableau import ButcherTableau
@@ -31,6 +32,7 @@ def odeint(
     checkpoint: Checkpoint | str | int = "auto",
     memory_budget: int | None = None,
     compensated: bool = False,
+    cuda_graph: bool = False,
     progress: bool = False,
 ) -> Any:
     """Solves ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, with 16-bit evaluations of ``func`` and 32-bit sums.
@@ -56,8 +58,9 @@ def odeint(
             (:class:`rampde.EmbeddedTableau`, :class:`rampde.ButcherTableau`, :class:`rampde.ImplicitTableau`).
         options: of adaptive methods those of :class:`rampde.options.AdaptiveOptions`, ``controller`` ("I", "PI",
             "PID") with ``pcoeff``, ``icoeff``, ``dcoeff``, and ``batch_axis`` (0: every sample has steps of its own;
-            ``t`` may then be (batch, T), and f receives times of shape (batch, 1, ..., 1)); of fixed-step methods
-            ``step_size`` (positive; default: the steps end on the points of t), ``grid_constructor``
+            ``t`` may then be (batch, T), and f receives times of shape (batch, 1, ..., 1)), and ``process_group`` (its
+            processes, each with a part of the batch, take the same steps, those of the whole batch); of fixed-step
+            methods ``step_size`` (positive; default: the steps end on the points of t), ``grid_constructor``
             (``(func, y0, t) -> grid``), ``interp`` ("linear" or "cubic", for outputs between steps), ``perturb``
             (evaluate just inside the ends of a step), and those of :class:`rampde.newton.NewtonOptions` (implicit
             methods) and :class:`rampde.adams.AdamsOptions`; of "scipy_solver" those of
@@ -82,6 +85,11 @@ def odeint(
             slower; parameter gradients are summed by autograd). Any :class:`rampde.Checkpoint` of one's own.
             Second derivatives work with all of them; but for "tape" the solve is then repeated on the tape.
         memory_budget: bytes that "auto" may take; None for a quarter of the device's free memory.
+        cuda_graph: record the solve and its sweep as CUDA graphs at the second call of its kind, and repeat them at
+            later ones, for new values of y0, t, parameters and whatever tensors ``func`` holds. For explicit methods
+            on a CUDA device; of adaptive ones several attempts are one graph, and the host looks at the device once for
+            each. y0 is not checked to be finite. ``func`` must do nothing that the host decides on, and what is in its
+            graphs' memory is kept until :func:`rampde.clear_cuda_graphs`, or until 16 other kinds of solves were seen.
         progress: show a progress bar (needs tqdm).
         compensated: sum the state with compensation for rounding (Kahan), at 8 more bytes per element and step.
 
@@ -103,27 +111,32 @@ def odeint(
     The scheme is that of Celledoni, Owren, Ruthotto, Yang, Mixed Precision Training of Neural ODEs,
     arXiv 2510.23498.
     """
-    request = read_arguments(
-        func,
-        y0,
-        t,
-        rtol=rtol,
-        atol=atol,
-        method=method,
-        options=options,
-        event_fn=event_fn,
-        loss_scaler=loss_scaler,
-        velocity_dtype=velocity_dtype,
-        checkpoint=checkpoint,
-        memory_budget=memory_budget,
-        compensated=compensated,
-        progress=progress,
-    )
+    arguments: dict[str, Any] = {
+        "rtol": rtol,
+        "atol": atol,
+        "method": method,
+        "options": options,
+        "event_fn": event_fn,
+        "loss_scaler": loss_scaler,
+        "velocity_dtype": velocity_dtype,
+        "checkpoint": checkpoint,
+        "memory_budget": memory_budget,
+        "compensated": compensated,
+        "cuda_graph": cuda_graph,
+        "progress": progress,
+    }
+    if torch.compiler.is_dynamo_compiling() and not is_held(method, event_fn):
+        return _solve_outside(func, y0, t, **arguments)
+    return _solve(func, y0, t, **arguments)
+
+
+def _solve(func: Callable[[Tensor, Any], Any], y0: Any, t: Tensor, **arguments: Any) -> Any:
+    request = read_arguments(func, y0, t, **arguments)
     problem, family, leaves, t = request.problem, request.family, request.leaves, request.t
     try:
         if problem.closed is not None:
             states = family.solve(problem, leaves)
-        elif event_fn is not None:
+        elif arguments["event_fn"] is not None:
             states = solve_until_event(problem, leaves, request.fixed, family.solve)
         else:
             if any(output.inside for output in problem.grid.outputs):
@@ -134,7 +147,10 @@ def odeint(
         if problem.observer is not None:
             problem.observer.close()
     solution = problem.velocity.spec.unflatten(states)
-    if event_fn is None:
+    if arguments["event_fn"] is None:
         return solution
     assert problem.event_time is not None
     return torch.tensor(problem.event_time, dtype=t.dtype, device=t.device), solution
+
+
+_solve_outside = breaks_graph(_solve)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rampde.graph_break import breaks_graph
 from rampde.grid import time_dtype
 from rampde.odeint import odeint
 from rampde.state import StateSpec
 from rampde.velocity import Velocity
 
 
+@breaks_graph
 def odeint_event(
     func: Callable[[Tensor, Any], Any],
     y0: Any,

@@ -7,10 +7,15 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from rampde.agreement import read_process_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 INTERPOLATIONS = ("linear", "cubic")
 
@@ -77,6 +82,7 @@ class AdaptiveOptions:
         batch_axis: 0: each sample has its own steps; None: all have the same.
         batch_tile: samples that leave a solve with steps of their own together, once all of them are done.
         coefficients: proportional, integral and derivative coefficient of the controller.
+        process_group: processes that take the same steps, each with its part of the batch; None: each steps by itself.
     """
 
     first_step: float | None = None
@@ -93,6 +99,7 @@ class AdaptiveOptions:
     batch_axis: int | None = None
     batch_tile: int | None = 64
     coefficients: tuple[float, float, float] = CONTROLLERS["I"]
+    process_group: ProcessGroup | None = None
 
     @staticmethod
     def read(options: dict[str, Any]) -> AdaptiveOptions:
@@ -127,6 +134,8 @@ class AdaptiveOptions:
             values["dtype"] = dtype
         values.update(_batch_options(options))
         values["coefficients"] = _coefficients(options)
+        if options.get("process_group") is not None:
+            values["process_group"] = read_process_group(options["process_group"])
         read = AdaptiveOptions(**values)
         if read.min_step > read.max_step:
             raise ValueError(f"min_step is {read.min_step} and max_step {read.max_step}, expected min_step <= max_step")
@@ -168,6 +177,7 @@ ADAPTIVE = OptionNames(
     (
         "first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "max_num_steps", "step_t", "jump_t",
         "norm", "dtype", "batch_axis", "batch_tile", "controller", "pcoeff", "icoeff", "dcoeff",
+        "process_group",
     )
 )  # fmt: skip
 

@@ -1,6 +1,14 @@
-"""Which dtype sums are formed in."""
+"""Which dtype sums are formed in, and which real dtype a complex one is made of."""
 
 import torch
+
+# torch.dtype.to_real says the same, but torch.compile does not know it
+_PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the real and the imaginary part; ``dtype`` itself where it is real."""
+    return _PARTS.get(dtype, dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from rampde.agreement import Agreement
 from rampde.checkpoint.policy import Checkpoint
 from rampde.grid import StepSequence, TimeGrid
 from rampde.options import AdaptiveOptions, EqualOptions
@@ -59,6 +60,10 @@ class Problem:
         output_dtypes: dtype of each leaf of the result.
         closed: the tableau of a solve whose steps are decided on the way; None where the grid is known before.
         control: the options of its steps: adaptive ones, or the size of equal ones.
+        agreement: with the other processes of a batch-sharded solve, about the steps; None where each steps by itself.
+        resident: whether its steps are to be decided on the device, where that can be.
+        cuda_graph: whether it is to be recorded and repeated.
+        recorded: whether it is being recorded, so that nothing on the device can be read.
         search: the event that ends it, where there is one; ``event_time`` is where it was found.
         output_times: the times of the user's ``t``.
         observer: is told of the steps; None where nobody listens.
@@ -88,6 +93,10 @@ class Problem:
     output_dtypes: list[torch.dtype]
     closed: ClosedTableau | None = None
     control: AdaptiveOptions | EqualOptions | None = None
+    agreement: Agreement | None = None
+    resident: bool = False
+    cuda_graph: bool = False
+    recorded: bool = False
     search: EventSearch | None = None
     event_time: float | None = None
     output_times: list[float] = field(default_factory=list)

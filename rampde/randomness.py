@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rampde.capture import is_recorded
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class RandomState:
     @staticmethod
     def current(device: torch.device) -> RandomState:
         accelerator = None
-        if device.type != "cpu" and hasattr(torch.get_device_module(device), "get_rng_state"):
+        readable = device.type != "cpu" and not is_recorded(device)
+        if readable and hasattr(torch.get_device_module(device), "get_rng_state"):
             accelerator = torch.get_device_module(device).get_rng_state(device)
         return RandomState(torch.get_rng_state(), device, accelerator)
 
@@ -35,6 +40,20 @@ class RandomState:
         if self.accelerator is not None and other.accelerator is not None:
             return same and torch.equal(self.accelerator, other.accelerator)
         return same
+
+
+class DrawWatch(TorchDispatchMode):
+    """Sees whether random numbers are drawn, where the state of a generator cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -21,7 +21,8 @@ from rampde.checkpoint.costs import Sizes, sizes_of
 from rampde.checkpoint.policy import Auto
 from rampde.out_of_memory import explained
 from rampde.problem import Problem, Stage
-from rampde.randomness import RandomState, preserved
+from rampde.randomness import DrawWatch, RandomState, preserved
+from rampde.sharded import Hold, may_be_sharded
 from rampde.tape import Gate
 
 
@@ -121,7 +122,11 @@ def travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tensor
     def forget() -> None:
         problem.first, problem.step_times = None, None
 
-    return explained(partial(_travel, roads, problem, y0), problem, "forward", forget)
+    solve = partial(explained, partial(_travel, roads, problem, y0), problem, "forward", forget)
+    if not may_be_sharded():
+        return solve()
+    with Hold(y0, lambda: problem.first is not None and not problem.checkpoint.is_tape) as hold:
+        return hold.release(solve())
 
 
 def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tensor]:
@@ -137,20 +142,24 @@ def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tenso
         problem.first = roads.first_stage(problem, time, x)
         return roads.out(problem, [leaf.detach() for leaf in y0], None)
 
-    before = RandomState.current(velocity.spec.device)
+    generators = partial(RandomState.current, velocity.spec.device)
+    before = None if problem.recorded else generators()
     # whoever treats what graphs save in a way of his own wants little of it on the device
     asks = isinstance(problem.checkpoint, Auto)
     hooked = asks and hooks_are_set()
     chosen = CHOICES.get(problem) if asks and not hooked else None
     measures = asks and not hooked and chosen is None
-    with saved_bytes() if measures else problem.checkpoint.recording() as saved:
-        captures = _first_evaluation(roads, problem, time, x)
-    after = RandomState.current(velocity.spec.device)
+    draws: AbstractContextManager[object] = DrawWatch() if problem.recorded else nullcontext()
+    with draws, saved_bytes() if measures else problem.checkpoint.recording() as saved:
+        captures = first_evaluation(roads, problem, time, x)
+    after = None if problem.recorded else generators()
     wanted = torch.is_grad_enabled() and bool(
         captures.tensors or captures.problem or problem.time_needs_grad or any(leaf.requires_grad for leaf in y0)
     )
-    if (wanted or roads.iterates) and not before.equals(after):
+    if (wanted or roads.iterates) and before is not None and after is not None and not before.equals(after):
         problem.random = before
+    if wanted and isinstance(draws, DrawWatch) and draws.seen:
+        _check_recorded_draws(problem)
     if captures.problem and not problem.checkpoint.is_tape:
         warnings.warn(
             f'func {captures.problem}; the solve falls back to checkpoint="tape": more memory, 16-bit gradients are'
@@ -162,11 +171,13 @@ def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tenso
     note_precision(problem)
     if asks and wanted and isinstance(problem.checkpoint, Auto):
         problem.checkpoint = chosen or _chosen(roads, problem, problem.checkpoint, saved, captures)
-    if captures.compiled and problem.scaler is not None and problem.checkpoint.keeps_graphs and not roads.iterates:
-        # a sweep that is resumed needs its graphs twice, but compiled ones give their memory away when they are used
+    twice = problem.scaler is not None or problem.closed is not None
+    if captures.compiled and twice and problem.checkpoint.keeps_graphs and not roads.iterates:
+        # a sweep that is resumed needs its graphs twice, and so do two steps that share a stage where there are outputs
+        # inside, but compiled ones give their memory away when they are used
         problem.checkpoint = Checkpoint("stage")
     if not (wanted and problem.checkpoint.keeps_graphs) and not roads.iterates:
-        _detach_first(problem)
+        detach_first(problem)
     if wanted and problem.checkpoint.releases_inputs and not roads.iterates:
         velocity.origin = torch.zeros((), device=velocity.spec.device, requires_grad=True)
     if problem.stats is not None and wanted:
@@ -183,9 +194,19 @@ def _travel(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tenso
     else:
         with torch.no_grad():
             outputs = roads.out(problem, [leaf.detach() for leaf in y0], None)
-    later = problem.random is None and not after.equals(RandomState.current(velocity.spec.device))
+    later = after is not None and problem.random is None and not after.equals(generators())
     roads.check_random(problem, wanted, later)
     return outputs
+
+
+def _check_recorded_draws(problem: Problem) -> None:
+    if isinstance(problem.checkpoint, Auto):
+        problem.checkpoint = Checkpoint("none")
+    if not problem.checkpoint.keeps_graphs:
+        raise RuntimeError(
+            "func draws random numbers, which cannot be drawn again in a CUDA graph, as checkpoint="
+            f'"{problem.checkpoint.name}" would have to; use checkpoint="none"'
+        )
 
 
 def _on_tape(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tensor]:
@@ -194,7 +215,7 @@ def _on_tape(roads: Roads[Any], problem: Problem, y0: list[Tensor]) -> list[Tens
     return roads.taped(problem, y0, points)
 
 
-def _first_evaluation(roads: Roads[Any], problem: Problem, time: Tensor, x: list[Tensor]) -> Captures:
+def first_evaluation(roads: Roads[Any], problem: Problem, time: Tensor, x: list[Tensor]) -> Captures:
     """Evaluates the first stage, with its graph where that is kept, and finds what f captures."""
     velocity = problem.velocity
     if not torch.is_grad_enabled():
@@ -211,7 +232,7 @@ def _first_evaluation(roads: Roads[Any], problem: Problem, time: Tensor, x: list
     return captures
 
 
-def _detach_first(problem: Problem) -> None:
+def detach_first(problem: Problem) -> None:
     """Plain aliases: the graph of the first evaluation is not needed again, and a checkpoint is no leaf of a graph."""
     first = problem.first
     assert first is not None
@@ -223,7 +244,7 @@ def _chosen(
     roads: Roads[Any], problem: Problem, asked: Auto, saved: SavedBytes | None, captures: Captures
 ) -> Checkpoint:
     """The policy in the place of "auto", remembered for later solves where it follows from what was measured."""
-    if saved is None:
+    if saved is None or problem.recorded:
         return Checkpoint("step")
     graph = saved.beyond([*captures.tensors, *captures.constants])
     budget = budget_of(asked, problem.velocity.spec.device)
@@ -283,7 +304,7 @@ class _Solve(torch.autograd.Function):
             stack.enter_context(problem.velocity.autocast.entered())
             stack.enter_context(preserved(problem.velocity.spec.device, problem.random is not None))
             if torch.is_grad_enabled():
-                return (*unused, *_differentiable_backward(ctx.roads, problem, points, y0, captures, cotangents))
+                return (*unused, *differentiable_backward(ctx.roads, problem, points, y0, captures, cotangents))
             retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
             if ctx.swept:
                 raise RuntimeError(
@@ -325,7 +346,7 @@ def _cast(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
     return None if gradient is None else gradient.to(tensor.dtype)
 
 
-def _differentiable_backward(
+def differentiable_backward(
     roads: Roads[Any],
     problem: Problem,
     points: Tensor,

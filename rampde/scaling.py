@@ -52,6 +52,8 @@ class DynamicScaler:
     Attributes:
         S: scale of the first step of the latest sweep, None before it.
         scale_history: pairs (kind, S), kind "init", "overflow" or "increase", the latest 10,000.
+        overflowed: 0-dim bool on the device, whether the latest sweep that ran in a CUDA graph overflowed, so that all
+            its gradients are infinite; None before the first sweep. The host is not told.
 
     Raises:
         TypeError, ValueError: an argument outside of what is said above.
@@ -103,6 +105,8 @@ class DynamicScaler:
         self.headroom = 1.0
         self.S: float | None = None
         self.scale_history: list[tuple[str, float]] = []
+        self.overflowed: Tensor | None = None
+        self._headroom_on: dict[torch.device, Tensor] = {}
 
     @property
     def is_initialized(self) -> bool:
@@ -111,11 +115,37 @@ class DynamicScaler:
 
     def new_state(self, device: torch.device) -> Tensor:
         """A scale state as it is before a sweep."""
+        # before a graph is recorded, which would make it anew whenever it is repeated
+        self._reserve(device)
         state = torch.zeros(STATE_SIZE, device=device)
         state[SCALE] = 1.0
         state[FINITE] = 1.0
         state[HEADROOM] = self.headroom
         return state
+
+    def recorded_state(self, device: torch.device) -> Tensor:
+        """As ``new_state``, for a sweep in a CUDA graph: the headroom is the one that the graph has left behind."""
+        self._reserve(device)
+        state = torch.zeros(STATE_SIZE, device=device)
+        state[SCALE].fill_(1.0)
+        state[FINITE].fill_(1.0)
+        state[HEADROOM].copy_(self._headroom_on[device])
+        return state
+
+    def keep(self, state: Tensor) -> Tensor:
+        """Leaves behind what a sweep in a CUDA graph has learned; whether it overflowed, 0-dim bool."""
+        device = state.device
+        self._headroom_on[device].copy_(state[HEADROOM])
+        assert self.overflowed is not None
+        self.overflowed.copy_(state[OVERFLOWED] != 0)
+        return self.overflowed
+
+    def _reserve(self, device: torch.device) -> None:
+        # memory that stays where it is, as a graph knows addresses
+        if device not in self._headroom_on:
+            self._headroom_on[device] = torch.full((), self.headroom, device=device)
+        if self.overflowed is None or self.overflowed.device != device:
+            self.overflowed = torch.zeros((), dtype=torch.bool, device=device)
 
     def note(self, kind: str, scale: float) -> None:
         """Records a change of the scale."""

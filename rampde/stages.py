@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rampde.ops import rk_stage
+from rampde.ops import rk_stage, stage_inputs
 from rampde.problem import Problem, Stage
 from rampde.randomness import RandomState
 from rampde.tableau import Combination
@@ -56,11 +56,9 @@ def stage_input(problem: Problem, y: list[Tensor], velocities: list[list[Tensor]
 def _input(
     problem: Problem, y: list[Tensor], velocities: list[list[Tensor]], h: Tensor, inputs: Combination
 ) -> list[Tensor]:
-    return [
-        # the list of velocities is that of the stages before this one
-        rk_stage(state, terms if inputs.dense else inputs.pick(terms), h, inputs.weights, dtype)
-        for state, terms, dtype in zip(y, velocities, problem.velocity.dtypes, strict=True)
-    ]
+    # the lists of velocities are those of the stages before this one
+    terms = velocities if inputs.dense else [inputs.pick(of_leaf) for of_leaf in velocities]
+    return stage_inputs(y, terms, h, inputs.weights, problem.velocity.dtypes)
 
 
 def evaluate_tensor_stages(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 from torch.utils._pytree import keystr as path_to_string
 
-from rampde.precision import accumulation_dtype
+from rampde.precision import accumulation_dtype, real_dtype
 
 State = object  # a tensor, or any nesting of tuples, lists and dicts of tensors
 
@@ -29,7 +29,7 @@ class Leaf:
 
     @property
     def real_dtype(self) -> torch.dtype:
-        return self.dtype.to_real()
+        return real_dtype(self.dtype)
 
 
 class StateSpec:
@@ -77,6 +77,16 @@ class StateSpec:
         for leaf in self.leaves[1:]:
             dtype = torch.promote_types(dtype, leaf.real_dtype)
         return dtype
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What two specs have in common whose states look alike; hashable."""
+        return (*self.leaves, self.device, repr(self._tree))
+
+    @property
+    def structure_of_any_shapes(self) -> tuple[object, ...]:
+        """What two specs have in common whose states look alike but for shapes; hashable."""
+        return (*(leaf.dtype for leaf in self.leaves), self.device, repr(self._tree))
 
     @property
     def elements_per_sample(self) -> int:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass
 class SolveStats:
@@ -140,6 +142,8 @@ def uncollected() -> Iterator[None]:
 
 def new_solve(method: str) -> SolveStats | None:
     """The record of a solve that begins, where someone asked for it."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
     collected = _collecting.get()
     if collected is None:
         return None

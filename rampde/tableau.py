@@ -85,6 +85,8 @@ class ButcherTableau:
         object.__setattr__(self, "a", tuple(rows))
         object.__setattr__(self, "b", b)
         object.__setattr__(self, "c", consistent_nodes(rows, b, self.c))
+        # torch.compile reads them, but cannot make them
+        _ = self.nodes, self.stage_inputs, self.update
 
     @property
     def stages(self) -> int:

@@ -10,6 +10,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 
 from rampde.autocast import AutocastState
+from rampde.precision import real_dtype
 from rampde.state import State, StateSpec
 from rampde.statistics import SolveStats
 
@@ -51,7 +52,7 @@ class Velocity:
     def _input_dtype(self, dtype: torch.dtype, velocity_dtype: torch.dtype | None) -> torch.dtype:
         if dtype.is_complex:
             # there is no 16-bit complex arithmetic to speak of
-            return dtype.to_real()
+            return real_dtype(dtype)
         if velocity_dtype is not None:
             return velocity_dtype
         return self.autocast.dtype if self.autocast.enabled else dtype
@@ -125,9 +126,10 @@ class Root(GradientEdge):
 
 def root(result: Tensor) -> Tensor | Root:
     """The place of ``result`` in the graph; itself, where it is no result of an operation."""
-    if result.grad_fn is None:
+    node = result.grad_fn
+    if node is None:
         return result
-    found = Root(result.grad_fn, result.output_nr)
+    found = Root(node, result.output_nr)
     found.dtype = result.dtype
     return found
 

@@ -1,13 +1,20 @@
 """What every test gets: seeded random numbers, NaN in uninitialised memory, the choice of tests."""
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from operands import Backend
 
+import rampde
 from rampde import ops
+from rampde.capture import RECORDERS
+
+# bench and experiments are not installed; last, so that an installed rampde goes before the source tree's
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 REQUIRED = os.environ.get("RAMPDE_REQUIRE", "")
 """``cpp`` or ``cuda``: a backend whose absence fails the tests that need it instead of skipping them."""
@@ -66,3 +73,15 @@ def compiled() -> None:
         if REQUIRED:
             pytest.fail(ops.MISSING)
         pytest.skip(ops.MISSING)
+
+
+@pytest.fixture
+def emulated_recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``cuda_graph=True`` works on the CPU, by emulated graphs."""
+    from recorded import Emulated
+
+    Emulated.instances = []
+    monkeypatch.setitem(RECORDERS, "cpu", Emulated)
+    rampde.clear_cuda_graphs()
+    yield
+    rampde.clear_cuda_graphs()

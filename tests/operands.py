@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rampde import eager, ops, scaling
+from rampde import ops, scaling
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((0,), (1,), (3,), (17,), (1000,), (4099,))
@@ -33,10 +33,11 @@ class Backend:
         if self.name == "eager":
             return False
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        return not all(has_kernel(f"rampde::{name}", self.name.upper()) for name in ops.SCHEMAS)
+        names = [name for name in ops.SCHEMAS if self.name != "cpu" or name not in ops.WITHOUT_CPU_KERNEL]
+        return not all(has_kernel(f"rampde::{name}", self.name.upper()) for name in names)
 
     def __getattr__(self, operator: str) -> Callable:
-        return getattr(eager if self.name == "eager" else ops, operator)
+        return ops.oracle(operator) if self.name == "eager" else getattr(ops, operator)
 
 
 def random(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous") -> Tensor:

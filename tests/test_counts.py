@@ -236,6 +236,55 @@ def test_graphs_alive_in_the_sweep():
     assert peaks == {"step": 4, "none": 40}
 
 
+class Flow(torch.nn.Module):
+    """A continuous flow with further integrals: of a state of any number of leaves it uses the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, t, state):
+        k = self.net(t, state[0])
+        return k, *[-k.square().sum(1, keepdim=True) for _ in state[1:]]
+
+
+def count_flow(steps, leaves, checkpoint, precision, method):
+    """Operators of the forward and of the backward pass of a solve with several leaves."""
+    torch.manual_seed(0)
+    flow, forward, backward = Flow(), Count(), Count()
+    y0 = (torch.randn(16, 2), *[torch.zeros(16, 1) for _ in range(leaves - 1)])
+    t = torch.linspace(0, 1, steps + 1)
+    options = {"step_size": 1 / steps} if method == "rk4" else {"first_step": 1 / steps, "max_step": 1 / steps}
+    with torch.autocast("cpu", precision, enabled=precision is not None), forward:
+        y = odeint(flow, y0, t[[0, -1]], rtol=1e3, atol=1e3, method=method, options=options, checkpoint=checkpoint)
+    loss = sum(leaf[-1].sum() for leaf in y)
+    with backward:
+        loss.backward()
+    return forward, backward
+
+
+@pytest.mark.parametrize("leaves", [2, 4, 9])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("checkpoint", ["none", "step"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_all_leaves_of_a_state_take_one_operator(method, checkpoint, precision, leaves):
+    """On a GPU each of them is one launch for up to eight leaves; f does not depend on all of them."""
+    many, few = (count_flow(steps, leaves, checkpoint, precision, method) for steps in (MANY, FEW))
+    forward, backward = (
+        of_rampde({name: n / (MANY - FEW) for name, n in (big - small).items() if n})
+        for big, small in zip(many, few, strict=True)
+    )
+    stages = 4 if method == "rk4" else 6
+    end = {"rk_update_leaves": 1, "rk_stage_leaves": 3} if method == "rk4" else {"rk_error_leaves": 1}
+    assert forward == {"rk_stage_leaves": 6, **end}
+    expected = {"adjoint_stage_leaves": stages, "adjoint_update_leaves": 1, "accumulate_gradients": 1}
+    if checkpoint == "step":
+        expected["rk_stage_leaves"] = stages - 1
+    if precision == torch.float16:
+        expected["update_scale"] = 1
+    assert backward == expected
+
+
 def count_adaptive(steps, precision=None, checkpoint=None):
     """Operators of the forward and of the backward pass of that many equal dopri5 steps."""
     torch.manual_seed(0)

@@ -103,11 +103,40 @@ int main() {
 """
 
 
-def test_chunks_cover_every_element_once(tmp_path: Path) -> None:
+LEAVES_PROGRAM = """
+#include "cuda/chunks.h"
+
+using rampde::cuda::Blocks;
+
+int main() {
+  rampde::cuda::LeafBlocks blocks;
+  if (blocks.total() != 0) return 1;
+  // empty leaves have no block
+  const int sizes[] = {0, 1, 4096, 0, 0, 3, 17, 0};
+  for (int size : sizes) {
+    if (blocks.full()) return 2;
+    blocks.add(size);
+  }
+  if (!blocks.full() || blocks.total() != 4117) return 3;
+  int block = 0;
+  for (int leaf = 0; leaf < 8; ++leaf) {
+    for (int i = 0; i < sizes[leaf]; ++i, ++block) {
+      if (blocks.find(block) != leaf) return 4;
+      const Blocks found = blocks.of_leaf(leaf, block);
+      if (found.index != i || found.count != sizes[leaf]) return 5;
+    }
+  }
+  return block == 4117 ? 0 : 6;
+}
+"""
+
+
+@pytest.mark.parametrize("program_text", [CHUNKS_PROGRAM, LEAVES_PROGRAM], ids=["chunks", "leaves"])
+def test_blocks_cover_every_element_once(program_text: str, tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
     source, program = tmp_path / "chunks.cpp", tmp_path / "chunks"
-    source.write_text(CHUNKS_PROGRAM)
+    source.write_text(program_text)
     run(compiler, *FLAGS, "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", *INCLUDES, source, "-o", program)
     run(program)

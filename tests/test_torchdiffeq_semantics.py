@@ -272,4 +272,5 @@ def test_compiled_program(method: str) -> None:
     for ours, expected in zip(
         *((y, torch.autograd.grad(y.sum(), weight)[0]) for y in (compiled(Y), program(Y))), strict=True
     ):
-        assert ours.equal(expected)
+        # float64; the compiler sums in an order of its own
+        torch.testing.assert_close(ours, expected, rtol=1e-14, atol=1e-14)

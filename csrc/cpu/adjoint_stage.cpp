@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../boxing.h"
+#include "../leaves.h"
 #include "../scale_state.h"
 #include "blockwise.h"
 
@@ -38,8 +39,28 @@ Tensor adjoint_stage(const Tensor& adjoint, const TensorList& vjps, const Tensor
   return result;
 }
 
+TensorList adjoint_stage_leaves(const TensorList& adjoint, OptionalTensorList& vjps,
+                                const Tensor& h, const double& b, const std::vector<double>& a,
+                                const std::vector<int64_t>& dtypes,
+                                const std::optional<Tensor>& scale_state) {
+  constexpr const char* op = "adjoint_stage_leaves";
+  check_leaf_products(op, vjps, a, adjoint.size());
+  const auto numbers = read_dtypes(op, dtypes, adjoint.size());
+  TensorList results;
+  results.reserve(adjoint.size());
+  for (size_t i = 0; i < adjoint.size(); ++i) {
+    std::vector<double> weights = a;
+    const TensorList present = take_present(vjps, i, a.size(), &weights);
+    results.push_back(adjoint_stage(adjoint[i], present, h, b, weights, numbers[i], scale_state));
+  }
+  return results;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) { m.impl("adjoint_stage", boxed<&adjoint_stage>); }
+STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) {
+  m.impl("adjoint_stage", boxed<&adjoint_stage>);
+  m.impl("adjoint_stage_leaves", boxed<&adjoint_stage_leaves>);
+}
 
 }  // namespace rampde::cpu

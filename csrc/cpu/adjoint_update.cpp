@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "../boxing.h"
+#include "../leaves.h"
 #include "../scale_state.h"
 #include "blockwise.h"
 
@@ -63,8 +64,24 @@ void adjoint_update(const Tensor& adjoint, const TensorList& vjps, const Tensor&
   });
 }
 
+void adjoint_update_leaves(const TensorList& adjoint, OptionalTensorList& vjps, const Tensor& h,
+                           const OptionalTensorList& cotangents, const TensorList& adjoint_next,
+                           const std::optional<Tensor>& scale_state) {
+  constexpr const char* op = "adjoint_update_leaves";
+  const size_t count = count_of_leaf({op, "vjps"}, vjps, adjoint.size());
+  check_one_of_leaf({op, "cotangents"}, cotangents, adjoint.size());
+  check_one_of_leaf({op, "adjoint_next"}, adjoint_next, adjoint.size());
+  for (size_t i = 0; i < adjoint.size(); ++i) {
+    adjoint_update(adjoint[i], take_present(vjps, i, count), h, cotangents[i], adjoint_next[i],
+                   scale_state);
+  }
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) { m.impl("adjoint_update", boxed<&adjoint_update>); }
+STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) {
+  m.impl("adjoint_update", boxed<&adjoint_update>);
+  m.impl("adjoint_update_leaves", boxed<&adjoint_update_leaves>);
+}
 
 }  // namespace rampde::cpu

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../boxing.h"
+#include "../leaves.h"
 #include "fp8.h"
 
 namespace rampde::cpu {
@@ -133,8 +134,33 @@ Tensor rk_error(const Tensor& y, const TensorList& k, const Tensor& h, const std
   return result;
 }
 
+Tensor rk_error_leaves(const TensorList& y, TensorList& k, const Tensor& h,
+                       const std::vector<double>& b, const std::vector<double>& e,
+                       const double& rtol, const double& atol, const std::vector<double>& roundoffs,
+                       TensorList& y_next, TensorList& checkpoints, TensorList& compensations) {
+  constexpr const char* op = "rk_error_leaves";
+  check(!y.empty(), "rampde::", op, ": y is empty, expected at least one leaf");
+  const size_t count = count_of_leaf({op, "k"}, k, y.size());
+  check_one_of_leaf({op, "roundoffs"}, roundoffs, y.size());
+  check_optional_leaves({op, "y_next"}, y_next, y.size());
+  check_optional_leaves({op, "checkpoints"}, checkpoints, y.size());
+  check_optional_leaves({op, "compensations"}, compensations, y.size());
+  Tensor result = y[0].empty_matrix(y.size(), 2, aoti_torch_dtype_float64());
+  auto* const sums = static_cast<double*>(result.mutable_data());
+  for (size_t i = 0; i < y.size(); ++i) {
+    const Tensor of_leaf = rk_error(y[i], take_leaf(k, i, count), h, b, e, rtol, atol, roundoffs[i],
+                                    1, take_optional(y_next, i), take_optional(checkpoints, i),
+                                    take_optional(compensations, i), {}, {}, {});
+    std::copy_n(static_cast<const double*>(of_leaf.data()), 2, sums + 2 * i);
+  }
+  return result;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) { m.impl("rk_error", boxed<&rk_error>); }
+STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) {
+  m.impl("rk_error", boxed<&rk_error>);
+  m.impl("rk_error_leaves", boxed<&rk_error_leaves>);
+}
 
 }  // namespace rampde::cpu

@@ -1,6 +1,7 @@
 // Input of a Runge-Kutta stage, meaning as in rampde.eager.rk_stage.
 
 #include "../boxing.h"
+#include "../leaves.h"
 #include "blockwise.h"
 
 namespace rampde::cpu {
@@ -28,8 +29,23 @@ Tensor rk_stage(const Tensor& y, const TensorList& k, const Tensor& h, const std
   return result;
 }
 
+TensorList rk_stage_leaves(const TensorList& y, TensorList& k, const Tensor& h,
+                           const std::vector<double>& a, const std::vector<int64_t>& dtypes) {
+  const auto numbers = read_dtypes("rk_stage_leaves", dtypes, y.size());
+  const size_t count = count_of_leaf({"rk_stage_leaves", "k"}, k, y.size());
+  TensorList results;
+  results.reserve(y.size());
+  for (size_t i = 0; i < y.size(); ++i) {
+    results.push_back(rk_stage(y[i], take_leaf(k, i, count), h, a, numbers[i]));
+  }
+  return results;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) { m.impl("rk_stage", boxed<&rk_stage>); }
+STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) {
+  m.impl("rk_stage", boxed<&rk_stage>);
+  m.impl("rk_stage_leaves", boxed<&rk_stage_leaves>);
+}
 
 }  // namespace rampde::cpu

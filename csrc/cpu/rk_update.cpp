@@ -1,6 +1,7 @@
 // End of a Runge-Kutta step, meaning as in rampde.eager.rk_update.
 
 #include "../boxing.h"
+#include "../leaves.h"
 #include "fp8.h"
 
 namespace rampde::cpu {
@@ -61,8 +62,26 @@ void rk_update(const Tensor& y, const TensorList& k, const Tensor& h, const std:
   }
 }
 
+void rk_update_leaves(const TensorList& y, TensorList& k, const Tensor& h,
+                      const std::vector<double>& b, const TensorList& y_next,
+                      TensorList& checkpoints, TensorList& compensations,
+                      const std::optional<Tensor>& overflow_step, const int64_t& step) {
+  constexpr const char* op = "rk_update_leaves";
+  const size_t count = count_of_leaf({op, "k"}, k, y.size());
+  check_one_of_leaf({op, "y_next"}, y_next, y.size());
+  check_optional_leaves({op, "checkpoints"}, checkpoints, y.size());
+  check_optional_leaves({op, "compensations"}, compensations, y.size());
+  for (size_t i = 0; i < y.size(); ++i) {
+    rk_update(y[i], take_leaf(k, i, count), h, b, y_next[i], take_optional(checkpoints, i),
+              take_optional(compensations, i), overflow_step, step, {}, {}, {});
+  }
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) { m.impl("rk_update", boxed<&rk_update>); }
+STABLE_TORCH_LIBRARY_IMPL(rampde, CPU, m) {
+  m.impl("rk_update", boxed<&rk_update>);
+  m.impl("rk_update_leaves", boxed<&rk_update_leaves>);
+}
 
 }  // namespace rampde::cpu

@@ -52,4 +52,39 @@ struct Chunks {
   }
 };
 
+// The blocks that form one sum, and the number of one among them.
+struct Blocks {
+  int index;
+  int count;
+};
+
+// leaves of a state in one launch
+inline constexpr int kLeaves = 8;
+
+// Blocks of up to kLeaves leaves, numbered one leaf after the other; each has as many as it needs.
+struct LeafBlocks {
+  int last[kLeaves];  // number of blocks of this leaf and all before it
+  int leaves = 0;
+
+  bool full() const { return leaves == kLeaves; }
+  int total() const { return leaves > 0 ? last[leaves - 1] : 0; }
+
+  // the number that the leaf goes by
+  int add(int64_t blocks) {
+    last[leaves] = total() + static_cast<int>(blocks);
+    return leaves++;
+  }
+
+  // the leaf of a block
+  C10_HOST_DEVICE int find(int block) const {
+    int leaf = 0;
+    while (block >= last[leaf]) ++leaf;
+    return leaf;
+  }
+  C10_HOST_DEVICE Blocks of_leaf(int leaf, int block) const {
+    const int first = leaf > 0 ? last[leaf - 1] : 0;
+    return {block - first, last[leaf] - first};
+  }
+};
+
 }  // namespace rampde::cuda

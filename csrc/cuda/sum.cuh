@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../operands.h"
+#include "chunks.h"
 #include "launch.h"
 #include "vectors.cuh"
 
@@ -121,5 +122,52 @@ inline int64_t blocks_for(int64_t numel) {
   const int64_t blocks = (numel + per_block - 1) / per_block;
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
+
+// blocks of a multiprocessor for which a kernel of leaves may take registers; where nothing is said
+// it spills some, to make room for one block more
+inline constexpr int kLeafBlocks = 4;
+
+// The sums of several leaves of a state: they fit the 4 KiB of arguments that every CUDA version
+// passes to a kernel.
+struct LeafSums {
+  Sum sum[kLeaves];
+  LeafBlocks blocks;
+
+  // Copies the sum of a leaf to shared memory, where its members have addresses known beforehand:
+  // those in an argument at an index that is not would take registers.
+  __device__ void copy_sum(int leaf, Sum& shared) const {
+    static_assert(sizeof(Sum) % sizeof(uint64_t) == 0);
+    const auto* source = reinterpret_cast<const uint64_t*>(&sum[leaf]);
+    if (threadIdx.x < sizeof(Sum) / sizeof(uint64_t)) {
+      reinterpret_cast<uint64_t*>(&shared)[threadIdx.x] = source[threadIdx.x];
+    }
+    __syncthreads();
+  }
+};
+static_assert(sizeof(LeafSums) + 2 * sizeof(void*) <= 4096);
+
+// Gathers leaves for `launch(list, accumulator)`, eight at a time, those whose sums are formed in
+// double apart. The kernels take terms of any dtypes, as Mixed: what one that knew the usual ones
+// has in flight, this one has in more blocks at a time, for which it leaves the registers.
+template <class Launch>
+class LeafBatches {
+ public:
+  explicit LeafBatches(const Launch& launch) : launch_(launch) {}
+
+  void add(const Sum& sum) {
+    LeafSums& list = accumulation_dtype(sum.base_dtype) == DType::Float64 ? of_double_ : of_float_;
+    list.sum[list.blocks.add(blocks_for(sum.numel))] = sum;
+    if (list.blocks.full()) flush();
+  }
+  void flush() {
+    launch_(of_float_, float{});
+    launch_(of_double_, double{});
+    of_float_.blocks.leaves = of_double_.blocks.leaves = 0;
+  }
+
+ private:
+  const Launch& launch_;
+  LeafSums of_float_, of_double_;
+};
 
 }  // namespace rampde::cuda

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rampde.checkpoint.costs import Sizes
 from rampde.checkpoint.policy import Auto, Checkpoint, untraced
@@ -29,13 +30,24 @@ class SavedBytes:
         self._sizes: dict[int, int] = {}
 
     def note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._sizes[storage.data_ptr()] = storage.nbytes()
+        for storage in _storages(tensor):
+            self._sizes[storage.data_ptr()] = storage.nbytes()
 
     def beyond(self, shared: Iterable[Tensor]) -> int:
         """All bytes but those of ``shared`` tensors, which are there anyway."""
-        there = {tensor.untyped_storage().data_ptr() for tensor in shared}
+        there = {storage.data_ptr() for tensor in shared for storage in _storages(tensor)}
         return sum(size for place, size in self._sizes.items() if place not in there)
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Where the numbers of ``tensor`` are; of one that wraps others, such as a DTensor, theirs."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for value in (getattr(tensor, name) for name in names):
+        if isinstance(value, Tensor):
+            yield from _storages(value)
 
 
 @contextmanager
@@ -112,7 +124,7 @@ def _key(problem: Problem) -> tuple[Any, ...]:
     training = getattr(velocity.original, "training", None)
     return (
         leaves, tuple(velocity.dtypes), velocity.autocast, velocity.spec.device, id(problem.method),
-        problem.grid.steps, problem.compensated, budget, training,
+        problem.grid.steps, problem.compensated, problem.per_sample, budget, training,
     )  # fmt: skip
 
 

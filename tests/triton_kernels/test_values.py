@@ -1,4 +1,4 @@
-"""Runs ``value_suite.py`` twice: where Triton interprets its kernels on the CPU, and on a GPU.
+"""Runs the suites of values twice: where Triton interprets its kernels on the CPU, and on a GPU.
 
 Triton reads the switch when it is imported, so each run has a process of its own.
 """
@@ -15,8 +15,12 @@ import pytest
 pytest.importorskip("triton.language", reason="Triton is not installed")
 
 
-def run_suite(folder: Path, interpret: bool) -> None:
-    suite = Path(__file__).with_name("value_suite.py")
+# with the number of tests that they have at least
+SUITES = {"value_suite.py": 100, "step_suite.py": 80, "leaves_suite.py": 80}
+
+
+def run_suite(name: str, folder: Path, interpret: bool) -> None:
+    suite = Path(__file__).with_name(name)
     report = folder / "report.xml"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(suite)],
@@ -29,14 +33,16 @@ def run_suite(folder: Path, interpret: bool) -> None:
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     counts = next(ElementTree.parse(report).iter("testsuite")).attrib
-    assert int(counts["tests"]) > 100
+    assert int(counts["tests"]) > SUITES[name]
     assert int(counts["skipped"]) == 0, "a skipped test proves nothing here"
 
 
-def test_interpreted_kernels_match_the_oracle(tmp_path: Path) -> None:
-    run_suite(tmp_path, interpret=True)
+@pytest.mark.parametrize("suite", SUITES)
+def test_interpreted_kernels_match_the_oracle(suite: str, tmp_path: Path) -> None:
+    run_suite(suite, tmp_path, interpret=True)
 
 
 @pytest.mark.cuda
-def test_compiled_kernels_match_the_oracle(tmp_path: Path) -> None:
-    run_suite(tmp_path, interpret=False)
+@pytest.mark.parametrize("suite", SUITES)
+def test_compiled_kernels_match_the_oracle(suite: str, tmp_path: Path) -> None:
+    run_suite(suite, tmp_path, interpret=False)
