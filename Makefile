@@ -90,10 +90,10 @@ $(VENV)/.docs: requirements/docs.txt $(VENV)/.requirements
 	@touch $@
 
 docs: $(DOCS_INSTALLED)
-	$(RUN) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 docs-serve: $(DOCS_INSTALLED)
-	$(RUN) -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve
 
 clean:
 	rm -rf build dist site *.egg-info rampde/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -30,7 +30,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # exit status of a run whose time was over before its work
 UNFINISHED = 3
 # what figures and tests depend on, and what of machine() says that two runs had the same before them
-SOURCES = ("rampde", "kernels", "csrc", "bench", "tests", "examples", "docs", "README.md", "setup.py", "pyproject.toml")
+SOURCES = (
+    "rampde",
+    "kernels",
+    "csrc",
+    "bench",
+    "tests",
+    "examples",
+    "experiments",
+    "docs",
+    "README.md",
+    "setup.py",
+    "pyproject.toml",
+)
 SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh", ".md", ".toml")
 ORIGIN = ("sources", "cpu", "cores", "threads", "gpu", "torch", "triton", "python")
 

@@ -1,4 +1,4 @@
-"""Writes the README's tables from the measurements in ``bench/results``.
+"""Writes the tables of the README and of the docs from the measurements in ``bench/results``.
 
     python -m bench.tables
 
@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = (README, *(ROOT / "docs" / name for name in ("index.md", "compile.md", "benchmarks.md")))
 CPU = ROOT / "bench" / "results" / "amd-epyc"
 
 SOLVERS = {
@@ -100,7 +101,47 @@ def memory() -> str:
     return markdown(header, lines) + "\n\n" + source(found)
 
 
-TABLES = {"accuracy": accuracy, "solvers": solvers, "adaptive": adaptive, "memory": memory}
+def compare() -> str:
+    """Training steps of the paper's networks: time, memory, reads and operators beside torchdiffeq's."""
+    found = json.loads((CPU / "compare.json").read_text())
+    rows = [row for row in found["rows"] if row["outcome"] == "measured" and not row["workload"].startswith("compiled")]
+    lines = []
+    for workload, precision in dict.fromkeys((row["workload"], row["precision"]) for row in rows):
+        mine = {row["solver"]: row for row in rows if (row["workload"], row["precision"]) == (workload, precision)}
+        ours, theirs = mine["rampde"], mine["torchdiffeq"]
+        pairs = [f"{ours[name]:g} : {theirs[name]:g}" for name in ("host_syncs", "launches")]
+        peaks = f"{ours['peak_mib']:.1f} : {theirs['peak_mib']:.1f}"
+        lines.append([workload, precision, _ratio(ours, "torchdiffeq"), _ratio(ours, "floor"), *pairs, peaks])
+    header = ["training step", "", "time / torchdiffeq's", "time / floor", "host reads", "operators", "peak MiB"]
+    return markdown(header, lines) + "\n\nOf two numbers the first is rampde's. " + source(found)
+
+
+def compiled() -> str:
+    """Training steps with a compiled f, and compiled whole, beside torchdiffeq's with the same compiled f."""
+    found = json.loads((CPU / "compare.json").read_text())
+    rows = [row for row in found["rows"] if row["outcome"] == "measured" and row["workload"].startswith("compiled")]
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    figures = {(row["workload"], row["solver"]): _ratio(row, "torchdiffeq_compiled") for row in rows}
+    lines = [[solver, *(figures.get((workload, solver), "") for workload in workloads)] for solver in solvers]
+    titles = [workload.removeprefix("compiled, ") for workload in workloads]
+    return markdown(["time / torchdiffeq's with the same compiled f", *titles], lines) + "\n\n" + source(found)
+
+
+def _ratio(row: dict[str, Any], of: str) -> str:
+    """A median with its 20 and 80 % quantiles."""
+    name = f"over_{of}"
+    return f"{row[name]:.2f} ({row[f'{name}_low']:.2f} .. {row[f'{name}_high']:.2f})"
+
+
+TABLES = {
+    "accuracy": accuracy,
+    "solvers": solvers,
+    "adaptive": adaptive,
+    "memory": memory,
+    "compare": compare,
+    "compiled": compiled,
+}
 
 
 def written(text: str) -> str:
@@ -112,4 +153,5 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for page in PAGES:
+        page.write_text(written(page.read_text()))

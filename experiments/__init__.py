@@ -1,0 +1,1 @@
+"""The published experiments, as modules that run with ``python -m experiments.<name>``."""

@@ -1,0 +1,270 @@
+"""The runs of a folder, put together into tables: a row for each solver, precision and scaler, over its seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.common import machine_line
+from experiments.study import Row, read_rows
+
+# of a run's options those that tell the rows of a table from each other
+VARIANT = ("solver", "precision", "scaler", "checkpoint")
+# of others those of which a table's heading does not speak
+UNSPOKEN = ("device", "quick", "threads", "seed", "only", *VARIANT)
+COSTS = ("seconds forward", "seconds backward", "peak MiB")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One run, as its folder tells it.
+
+    Attributes:
+        folder: where it lies.
+        record: its ``run.json``.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def experiment(self) -> str:
+        """Name of the module."""
+        return str(self.record.get("experiment", self.folder.parent.name))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its options."""
+        found: Mapping[str, Any] = self.record.get("config") or {}
+        return found
+
+    @property
+    def is_study(self) -> bool:
+        """Whether it compares precisions by itself."""
+        return (self.folder / "study.csv").exists()
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Solver, precision, scaler and checkpoint."""
+        return tuple(str(self.config.get(name, "")) for name in VARIANT)
+
+    @property
+    def subject(self) -> str:
+        """What is learned: the run's name up to the solver's."""
+        return str(self.record.get("name", self.folder.name)).partition(f"-{self.variant[0]}-")[0]
+
+    @property
+    def hardware(self) -> str:
+        """The GPU, else the processor."""
+        machine = self.record.get("machine") or {}
+        on_gpu = str(self.config.get("device", "cpu")).startswith("cuda")
+        return str((machine.get("gpu") if on_gpu else None) or machine.get("cpu") or "unknown machine")
+
+    @property
+    def machine(self) -> str:
+        """Hardware, versions and commit, in a line."""
+        try:
+            return machine_line(self.record["machine"]).replace("\n", "; ")
+        except (KeyError, TypeError):
+            return self.hardware
+
+    @property
+    def command(self) -> str:
+        """What it was started with."""
+        return str(self.record.get("command") or "")
+
+    @property
+    def status(self) -> str:
+        """ "done", "failed" or "running", which is also what a run is that was killed."""
+        return str(self.record.get("status", "running"))
+
+    @property
+    def failure(self) -> str:
+        """Why it failed; empty where it did not."""
+        return str(self.record.get("failure") or "") if self.status == "failed" else ""
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its data were generated in place of the published ones."""
+        return bool(self.record.get("synthetic"))
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Its figures, as far as they are numbers."""
+        found = self.record.get("summary") or {}
+        return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+    def log(self) -> list[Row]:
+        """The rows of its log, none where there is no log."""
+        path = self.folder / "log.csv"
+        return read_rows(path) if path.exists() else []
+
+    def study(self) -> list[Row]:
+        """The rows of its study."""
+        return read_rows(self.folder / "study.csv")
+
+    def pictures(self, order: Sequence[str] = ()) -> list[Path]:
+        """Its figures, those named in ``order`` first; without the training curve, which is drawn for all together."""
+        found = (path for path in self.folder.glob("*.png") if path.stem != "curve")
+        return sorted(found, key=lambda path: (order.index(path.stem) if path.stem in order else len(order), path.stem))
+
+
+def collect(folder: Path) -> list[Recorded]:
+    """All runs below a folder.
+
+    Raises:
+        ValueError: a ``run.json`` cannot be read; the message says which.
+    """
+    found = []
+    for path in sorted(folder.rglob("run.json")):
+        try:
+            record = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is not JSON ({error}): remove its folder, or run it again with --fresh"
+            ) from error
+        found.append(Recorded(path.parent, record))
+    return found
+
+
+@dataclass
+class Line:
+    """A row of a table: the runs of one variant, which differ in their seeds."""
+
+    variant: tuple[str, ...]
+    runs: list[Recorded] = field(default_factory=list)
+
+    @property
+    def done(self) -> list[Recorded]:
+        """Those that came to an end."""
+        return [run for run in self.runs if run.status == "done"]
+
+    def values(self, column: str) -> list[float]:
+        """A column's values over the seeds, those that are there."""
+        return [run.summary[column] for run in self.done if column in run.summary]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Failures with their reasons, and what has not ended."""
+        found = []
+        for reason in dict.fromkeys(run.failure for run in self.runs if run.status == "failed"):
+            count = sum(run.status == "failed" and run.failure == reason for run in self.runs)
+            found.append(f"{_of(count, len(self.runs))}failed: {reason or 'no reason recorded'}")
+        if unfinished := sum(run.status == "running" for run in self.runs):
+            found.append(f"{_of(unfinished, len(self.runs))}not finished")
+        return found
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count} of {total} seeds " if total > 1 else ""
+
+
+@dataclass
+class Group:
+    """The runs of an experiment that belong into one table: they differ in solver, precision, scaler and seed alone.
+
+    Attributes:
+        experiment: name of the module.
+        subject: what is learned.
+        setting: options that all have in common, but for those of which nothing need be said.
+        lines: a row for each variant.
+    """
+
+    experiment: str
+    subject: str
+    hardware: str
+    synthetic: bool
+    setting: dict[str, Any]
+    lines: list[Line] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Recorded]:
+        """All of them."""
+        return [run for line in self.lines for run in line.runs]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the figures that any run has, costs last."""
+        names = dict.fromkeys(name for run in self.runs for name in run.summary)
+        return [name for name in names if name not in COSTS] + [name for name in COSTS if name in names]
+
+    @property
+    def quick(self) -> bool:
+        """Whether the runs were short ones that only show that everything runs."""
+        return bool(self.setting.get("quick"))
+
+    @property
+    def described(self) -> str:
+        """The setting in words."""
+        said = {name: value for name, value in self.setting.items() if value is not False and value not in ("", None)}
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in said.items())
+
+    def line(self, solver: str, precision: str, scaler: str) -> list[Line]:
+        """The rows of such variants; an empty name is any."""
+        wanted = (solver, precision, scaler)
+        return [
+            line
+            for line in self.lines
+            if all(not name or name == its for name, its in zip(wanted, line.variant, strict=False))
+        ]
+
+
+def groups(runs: Sequence[Recorded]) -> list[Group]:
+    """Tables of the runs that are no studies, in the order of the experiments' names."""
+    found: dict[str, Group] = {}
+    for run in (run for run in runs if not run.is_study):
+        setting = {name: value for name, value in run.config.items() if name not in UNSPOKEN}
+        if run.config.get("quick"):
+            setting["quick"] = True
+        key = json.dumps([run.experiment, run.subject, run.hardware, run.synthetic, setting], sort_keys=True)
+        group = found.setdefault(key, Group(run.experiment, run.subject, run.hardware, run.synthetic, setting))
+        line = next((line for line in group.lines if line.variant == run.variant), None)
+        if line is None:
+            line = Line(run.variant)
+            group.lines.append(line)
+        line.runs.append(run)
+    for group in found.values():
+        group.lines.sort(key=_place)
+    return [found[key] for key in sorted(found)]
+
+
+def _place(line: Line) -> tuple[int, ...]:
+    orders = (("torchdiffeq", "rampde"), ("fp64", "fp32", "tf32", "bf16", "fp16"), ("none", "grad", "dynamic"))
+    solver, precision, scaler = (
+        order.index(name) if name in order else len(order) for order, name in zip(orders, line.variant, strict=False)
+    )
+    return precision, solver, scaler
+
+
+def number(value: float, column: str = "") -> str:
+    """A figure as a table shows it."""
+    if not math.isfinite(value):
+        return "not finite"
+    if column.startswith("peak"):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    if "accuracy" in column:
+        return f"{value:.2f}"
+    if "error" in column:
+        return f"{value:.1e}"
+    if 1e4 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if column.startswith("seconds") or 0 < abs(value) < 1e-2 else f"{value:.4g}"
+
+
+def spread(values: Sequence[float], column: str = "") -> str:
+    """Mean and standard deviation, or the only value; a dash where there is none."""
+    if not values:
+        return "–"
+    if len(values) == 1 or not all(map(math.isfinite, values)):
+        return number(statistics.fmean(values), column)
+    deviation = statistics.stdev(values)
+    if deviation == 0:
+        return number(values[0], column)
+    return (
+        f"{number(statistics.fmean(values), column)} ± {f'{deviation:.2g}' if deviation < 100 else f'{deviation:,.0f}'}"
+    )

@@ -1,0 +1,142 @@
+"""Studies: rows that are kept as they are measured, so that a study that was cut off goes on where it was."""
+
+import argparse
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from experiments.options import Options
+
+Row = dict[str, Any]
+S = TypeVar("S", bound="StudyOptions")
+# options of a single solve
+CHOSEN = ("solver", "precision", "scaler", "checkpoint")
+
+
+class Study:
+    """The rows of ``study.csv``: each is measured once, and on the disk before the next one begins.
+
+    Args:
+        path: the file; its folder exists. Rows that are in it already are not measured again.
+        fresh: forget what the file holds.
+    """
+
+    def __init__(self, path: Path, fresh: bool = False) -> None:
+        self.path = path
+        self._known: list[Row] = read_rows(path) if path.exists() and not fresh else []
+        self.rows: list[Row] = []
+
+    def row(self, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Row:
+        """The row of ``key``, its columns that say what is measured: the file's, else ``measure()`` beside the key."""
+        # as the file gives them back, so that a value is the same whether it was measured now or before
+        wanted = {name: _value(str(value)) for name, value in key.items()}
+        found = next((row for row in self._known if wanted.items() <= row.items()), None)
+        if found is None:
+            found = {**wanted, **measure()}
+            self._known.append(found)
+            self._write(self._known)
+        self.rows.append(found)
+        return found
+
+    def _write(self, rows: list[Row]) -> None:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        # a study may be cut off at any time: the file is either the one before or this one
+        whole = self.path.with_suffix(".part")
+        with whole.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        whole.replace(self.path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a CSV file; numbers as int or float, True and False as bool, empty fields as None."""
+    with path.open(newline="") as file:
+        return [{name: _value(text) for name, text in row.items() if name} for row in csv.DictReader(file)]
+
+
+def _value(text: str | None) -> Any:
+    if text in (None, "", "None"):
+        return None
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+@dataclass(frozen=True)
+class StudyOptions(Options):
+    """Options of a study, which goes through precisions, solvers, scalers and checkpoints by itself.
+
+    Attributes:
+        only: of these four those that were given: the study keeps to them.
+
+    Raises:
+        ValueError: also where several runs are asked for.
+    """
+
+    only: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compare or self.seeds != 1:
+            raise ValueError(
+                "a study compares precisions and solvers by itself, with one seed: no --compare, no --seeds"
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that the study's numbers depend on, as JSON can hold it."""
+        found = {name: value for name, value in super().config.items() if name not in CHOSEN}
+        return found | {"only": [" ".join(pair) for pair in self.only]}
+
+    def takes(self, options: Options) -> bool:
+        """Whether these options are among those that the study keeps to."""
+        return all(getattr(options, name) == value for name, value in self.only)
+
+    @classmethod
+    def parser(cls, experiment: str, description: str) -> argparse.ArgumentParser:
+        """A parser of the common options, in which those that the study chooses have no default."""
+        parser = super().parser(experiment, description)
+        parser.epilog = "The study takes every precision, solver, scaler and checkpoint, or only those given."
+        parser.set_defaults(**dict.fromkeys(CHOSEN, ""))
+        return parser
+
+    @classmethod
+    def read(cls: type[S], parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> S:
+        """The options of a command line; where they are none, the parser says so and exits."""
+        found = vars(parser.parse_args(arguments))
+        only = tuple((name, value) for name in CHOSEN if (value := found.pop(name)))
+        try:
+            return cls(only=only, **found)
+        except ValueError as error:
+            parser.error(str(error))
+
+    @property
+    def run_name(self) -> str:
+        """What the study keeps to, and whether it is the short one, as the name of a run."""
+        return "-".join(["quick" if self.quick else "full", *(value for _, value in self.only)])
+
+
+@contextmanager
+def picture(path: Path | BinaryIO, panels: int = 1, width: float = 6.6, height: float = 4.2) -> Iterator[list[Any]]:
+    """A figure to be drawn on: yields its axes, and writes it as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=(width * panels, height), squeeze=False, layout="constrained")
+    for panel in axes[0]:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    yield list(axes[0])
+    figure.savefig(path, dpi=150, format="png")
+    pyplot.close(figure)
