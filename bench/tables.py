@@ -24,6 +24,9 @@ SOLVERS = {
 }
 
 
+COMPILED = "rampde, f compiled"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -111,8 +114,10 @@ def compare() -> str:
         ours, theirs = mine["rampde"], mine["torchdiffeq"]
         pairs = [f"{ours[name]:g} : {theirs[name]:g}" for name in ("host_syncs", "launches")]
         peaks = f"{ours['peak_mib']:.1f} : {theirs['peak_mib']:.1f}"
-        lines.append([workload, precision, _ratio(ours, "torchdiffeq"), _ratio(ours, "floor"), *pairs, peaks])
-    header = ["training step", "", "time / torchdiffeq's", "time / floor", "host reads", "operators", "peak MiB"]
+        faster = f"{mine[COMPILED]['over_torchdiffeq']:.2f}" if COMPILED in mine else ""
+        lines.append([workload, precision, _ratio(ours, "torchdiffeq"), faster, _ratio(ours, "floor"), *pairs, peaks])
+    titles = ("time / torchdiffeq's", "f compiled", "time / floor", "host reads", "operators", "peak MiB")
+    header = ["training step", "", *titles]
     return markdown(header, lines) + "\n\nOf two numbers the first is rampde's. " + source(found)
 
 
