@@ -1,5 +1,6 @@
 """What every benchmark shares: clocks, interleaving, summaries, the machine's description, result files."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -301,6 +302,19 @@ def write_results(
     if say:
         print(f"wrote {table}")
     return table, write_json(folder, name, {**meta, "rows": list(rows)}, say)
+
+
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A type of command line arguments: some of the ``known`` names, with commas between them."""
+
+    def split(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return found
+
+    return split
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:

@@ -24,7 +24,7 @@ of one training step. Each workload's rows are written as soon as they are there
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from bench.common import (
     UNFINISHED,
     machine,
     machine_line,
+    names,
     print_table,
     read_json,
     results_folder,
@@ -122,16 +123,6 @@ def show_bars(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-
-    def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            found = text.split(",")
-            for name in found:
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-            return found
-
-        return split
 
     def solvers(text: str) -> list[str]:
         try:

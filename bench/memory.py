@@ -23,7 +23,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,7 @@ from bench.common import (
     interleave,
     machine,
     machine_line,
+    names,
     print_table,
     quantiles,
     ratio_summary,
@@ -361,17 +362,6 @@ def show_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-
-    def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            found = text.split(",")
-            for name in found:
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-            return found
-
-        return split
-
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--problems", type=names(PROBLEMS), default=list(PROBLEMS), help="such as mlp,stl10")
     parser.add_argument("--precision", type=names(list(PRECISIONS)), help="default: fp32,bf16, on a GPU fp16 also")

@@ -32,6 +32,7 @@ from bench.common import (
     interleave,
     machine,
     machine_line,
+    names,
     print_table,
     quantiles,
     ratio_summary,
@@ -264,17 +265,6 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-
-    def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            found = text.split(",")
-            for name in found:
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-            return found
-
-        return split
-
     parser = argparse.ArgumentParser(prog="python -m bench.solvers", description=__doc__.splitlines()[0])
     parser.add_argument("--problems", type=names("abcde"), default=list("abcde"), help="such as a,e")
     parser.add_argument("--precision", type=names(list(PRECISIONS)), default=["fp32", "bf16"], help="such as fp32")
