@@ -126,6 +126,12 @@ def read_arguments(
     if cuda_graph:
         _check_recordable(spec, name, family, event_fn)
     being_recorded = is_recorded(spec.device)
+    if being_recorded and (family is not EXPLICIT or event_fn is not None):
+        until = " until an event" if event_fn is not None else ""
+        raise RuntimeError(
+            f'a solve with method "{name}"{until} looks at the device on the way, and a CUDA graph is being recorded;'
+            ' expected an explicit method with fixed steps, such as method="rk4", or the solve outside of the graph'
+        )
     if torch.compiler.is_dynamo_compiling():
         t, values = times_while_compiling(t, fixed)
     elif cuda_graph or being_recorded:
@@ -154,7 +160,6 @@ def read_arguments(
         closed=_closed(chosen, fixed) if control is not None else None,
         control=control,
         agreement=agreement,
-        resident=cuda_graph and adaptive,
         cuda_graph=cuda_graph and not being_recorded,
         recorded=being_recorded,
         search=None if event_fn is None else EventSearch(event_fn, spec, tolerance),

@@ -7,6 +7,7 @@ graph's memory, which the next call overwrites. Parameters and buffers are used 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -108,8 +109,6 @@ class CapturedSolve:
     Attributes:
         captures: tensors that f uses and that require a gradient, as they were when the solve was recorded.
         outputs: the result of the road out, leaf by leaf.
-        gradients: those of the leaves of y0, of the grid points and of ``captures``, in the dtypes of these; None where
-            there is none.
     """
 
     def __init__(self, roads: Roads[Kept], problem: Problem, y0: Sequence[Tensor], held: Held, recorder: Recorder):
@@ -125,7 +124,6 @@ class CapturedSolve:
         self._kept: Kept | None = None
         self.captures: list[Tensor] = []
         self.outputs: list[Tensor] = []
-        self.gradients: list[Tensor | None] = []
         self._flat: list[Tensor] = []
         self._saved: list[Tensor] = []
         self._cotangents: list[Tensor] = []
@@ -220,7 +218,7 @@ class CapturedSolve:
         self._lower_scale(self._replay_back)
         copies = [flat.clone() for flat in self._flat]
         return [
-            None if place is None else copies[place[0]].narrow(0, place[1], _count(place[2])).view(place[2])
+            None if place is None else copies[place[0]].narrow(0, place[1], math.prod(place[2])).view(place[2])
             for place in self._places
         ]
 
@@ -234,10 +232,3 @@ class CapturedSolve:
             if not bool(scaler.overflowed):
                 return
             replay()
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

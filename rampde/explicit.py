@@ -23,7 +23,6 @@ from rampde.per_sample import integrate_per_sample
 from rampde.per_sample_adjoint import PerSampleSweep
 from rampde.problem import Problem, Stage
 from rampde.recorded_attempts import integrate_recorded
-from rampde.resident import Resident, integrate_resident
 from rampde.roads import Roads, travel
 from rampde.tape import integrate_taped
 from rampde.tape_adaptive import integrate_adaptive_taped, repeat_adaptive_taped
@@ -106,12 +105,11 @@ class SteppingRoads(_ExplicitRoads):
     def out(self, problem: Problem, y0: list[Tensor], kept: Checkpoints | None) -> list[Tensor]:
         if problem.cuda_graph:
             return integrate_recorded(problem, y0, kept)
-        if problem.resident and Resident.serves(problem, kept):
-            return integrate_resident(problem, y0, kept)
         return integrate_adaptive(problem, y0, kept)
 
     def choose(self, problem: Problem, sizes: Sizes, budget: int) -> Checkpoint:
-        if problem.resident or sizes.graph * sizes.stages > budget:
+        # steps that are decided on the device keep the starts of all
+        if problem.cuda_graph or sizes.graph * sizes.stages > budget:
             return Checkpoint("step")
         return NoneWhileItFits(budget, sizes.graph)
 

@@ -61,7 +61,6 @@ class Problem:
         closed: the tableau of a solve whose steps are decided on the way; None where the grid is known before.
         control: the options of its steps: adaptive ones, or the size of equal ones.
         agreement: with the other processes of a batch-sharded solve, about the steps; None where each steps by itself.
-        resident: whether its steps are to be decided on the device, where that can be.
         cuda_graph: whether it is to be recorded and repeated.
         recorded: whether it is being recorded, so that nothing on the device can be read.
         search: the event that ends it, where there is one; ``event_time`` is where it was found.
@@ -94,7 +93,6 @@ class Problem:
     closed: ClosedTableau | None = None
     control: AdaptiveOptions | EqualOptions | None = None
     agreement: Agreement | None = None
-    resident: bool = False
     cuda_graph: bool = False
     recorded: bool = False
     search: EventSearch | None = None

@@ -5,6 +5,7 @@ A graph is emulated on the CPU: operators are recorded once, and executed again 
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -350,25 +351,38 @@ class TestBackward:
             loss.backward()
 
 
-class TestScaling:
-    def overflowing(self, gain: float) -> nn.Module:
-        class Steep(Net):
-            def forward(self, t: Tensor, y: Tensor) -> Tensor:
-                return gain * super().forward(t, y) / gain
+class Steep(torch.autograd.Function):
+    """The identity, with a derivative of 2^9."""
 
-        return Steep()
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * 2.0**9
+
+
+class TestScaling:
+    def replays_of_a_recorded_call(self, net: nn.Module, y0: Tensor) -> tuple[list[Tensor], int]:
+        gradients(net, y0, GRID, torch.float16, method="euler", cuda_graph=True)
+        before = replays()
+        return gradients(net, y0, GRID, torch.float16, method="euler", cuda_graph=True), replays() - before
 
     def test_a_scale_that_is_too_large_is_lowered(self):
         """The product inside f overflows at the scale that the adjoint alone suggests."""
-        net = self.overflowing(2.0**12)
-        y0 = torch.randn(4, 3)
-        expected = gradients(net, y0, GRID, torch.float16)
-        for _ in range(3):
-            found = gradients(net, y0, GRID, torch.float16, cuda_graph=True)
-            for mine, its in zip(found, expected, strict=True):
-                assert torch.isfinite(mine).all()
-                # both round in 16 bits, at scales that differ
-                assert (mine - its).norm() <= 2**-8 * its.norm()
+
+        class SteepNet(Net):
+            def forward(self, t: Tensor, y: Tensor) -> Tensor:
+                return Steep.apply(super().forward(t, y))
+
+        net, y0 = SteepNet(), torch.randn(4, 3)
+        exact = gradients(copy.deepcopy(net).double(), y0.double(), GRID.double(), method="euler")
+        eager = gradients(net, y0, GRID, torch.float16, method="euler")
+        found, count = self.replays_of_a_recorded_call(net, y0)
+        assert count > self.replays_of_a_recorded_call(Net(), y0)[1]
+        for mine, its, truth in zip(found, eager, exact, strict=True):
+            assert (mine - truth).norm() <= 2 * (its - truth).norm()
 
     def test_no_scale_serves(self):
         class Broken(torch.autograd.Function):
@@ -426,6 +440,11 @@ class TestErrors:
     def test_arguments(self, arguments, message):
         with pytest.raises((TypeError, ValueError), match=message):
             rampde.odeint(Net(), torch.randn(4, 3), GRID, **{"method": "rk4", "cuda_graph": True, **arguments})
+
+    def test_sharded_parameters(self, monkeypatch):
+        monkeypatch.setattr(graph_cache, "any_sharded", lambda modules: True)
+        with pytest.raises(ValueError, match="sharded by FSDP, which moves its parameters"):
+            rampde.odeint(Net(), torch.randn(4, 3), GRID, method="rk4", cuda_graph=True)
 
     def test_device(self, monkeypatch):
         monkeypatch.delitem(RECORDERS, "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -162,6 +163,12 @@ class TestInsideOfARecording:
         with pytest.raises(RuntimeError, match="draws random numbers"):
             self.record(lambda: rampde.odeint(net, y0, GRID, method="rk4", checkpoint="step"))
         self.record(lambda: rampde.odeint(net, y0, GRID, method="rk4"))
+
+    def test_steps_that_the_host_decides(self):
+        for arguments in ({"method": "dopri5"}, {"method": "dopri5", "cuda_graph": True}, {"method": "radauIIA5"}):
+            work = partial(rampde.odeint, Net(), torch.randn(4, 3), GRID, **arguments)
+            with pytest.raises(RuntimeError, match="looks at the device on the way"):
+                self.record(work)
 
     def test_cuda_graph_is_no_graph_in_the_graph(self):
         net, y0 = Net(), torch.randn(4, 3)

@@ -167,7 +167,7 @@ def launches(call) -> int:
 
 @pytest.mark.parametrize("leaves", [1, 2, 5])
 def test_launches_of_a_step(leaves):
-    """Four combinations forward and s + 2 operators backward, whatever the number of leaves and parameters."""
+    """Four combinations beside the kernels of f, whatever the number of leaves."""
     rates = nn.ParameterList([nn.Parameter(torch.randn(8)) for _ in range(leaves)]).cuda()
 
     def func(t, y):

@@ -50,27 +50,25 @@ class Loops:
     resident: bool = False
     attempts: int = ATTEMPTS_A_POLL
     record: Callable[..., Any] = plainly
+    integrate: Callable[..., list[Tensor]] = integrate_resident
     problems: list[Problem] = field(default_factory=list)
     served: int = 0
 
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loops]:
-    """Asks for steps on the device where ``resident`` is set, as the front door will."""
+    """Decides the steps on the device where ``resident`` is set and the solve is served."""
     found = Loops()
-    prepare = explicit.SteppingRoads.prepare
+    out = explicit.SteppingRoads.out
 
-    def ask(self: Any, problem: Problem) -> Tensor:
-        problem.resident = found.resident
+    def integrate(self: Any, problem: Problem, y0: list[Tensor], kept: Any) -> list[Tensor]:
         found.problems.append(problem)
-        return prepare(self, problem)
-
-    def integrate(*arguments: Any) -> list[Tensor]:
+        if not (found.resident and Resident.serves(problem, kept)):
+            return out(self, problem, y0, kept)
         found.served += 1
-        return integrate_resident(*arguments, record=found.record, attempts=found.attempts)
+        return found.integrate(problem, y0, kept, record=found.record, attempts=found.attempts)
 
-    monkeypatch.setattr(explicit.SteppingRoads, "prepare", ask)
-    monkeypatch.setattr(explicit, "integrate_resident", integrate)
+    monkeypatch.setattr(explicit.SteppingRoads, "out", integrate)
     return found
 
 
@@ -286,14 +284,13 @@ def count(monkeypatch: pytest.MonkeyPatch, loops: Loops, t: Tensor, method: str,
     """The graph of a solve, and what is called from its recording on."""
     graph, counted = EmulatedGraph(), Count()
 
-    def integrate(problem: Problem, y0: list[Tensor], kept: Any) -> list[Tensor]:
+    def integrate(problem: Problem, y0: list[Tensor], kept: Any, **options: Any) -> list[Tensor]:
         resident = Resident(problem, list(y0), kept)
         with counted:
             resident.run(graph.record)
         return resident.leaves
 
-    monkeypatch.setattr(explicit, "integrate_resident", integrate)
-    loops.resident = True
+    loops.integrate, loops.resident = integrate, True
     a = [torch.full((3,), -0.3 * (n + 1), requires_grad=True) for n in range(leaves)]
     y0 = torch.ones(3) if leaves == 1 else tuple(torch.ones(3) for _ in range(leaves))
 
