@@ -24,10 +24,10 @@ PRECISIONS = {
     "fp16": torch.float16,
 }
 SOLVERS = ("rampde", "torchdiffeq")
-SCALERS = ("none", "grad", "dynamic")
+SCALERS = ("none", "grad", "dynamic", "both")
 CHECKPOINTS = ("auto", "none", "step", "stage", "lean", "tape", "fp8", "offload")
 # where things are and how many runs there are: neither part of what a run computes nor of how fast it is
-NO_CONFIG = ("out", "fresh", "compare", "seeds", "data")
+NO_CONFIG = ("out", "fresh", "compare", "seeds", "folder")
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -40,9 +40,10 @@ class Options:
         precision: "fp64" (data and parameters are then float64), "fp32", "tf32" (fp32 whose matrix products round their
             factors to 10 bits; on a GPU), "bf16", "fp16".
         solver: "rampde" or "torchdiffeq".
-        scaler: of the gradient in 16 bits. "none", "grad" (``torch.amp.GradScaler`` on the loss) or "dynamic"
-            (:class:`rampde.DynamicScaler` on the adjoint). Empty: in fp16 "dynamic" with rampde and "grad" with
-            torchdiffeq, else "none".
+        scaler: of the gradient in 16 bits. "none", "grad" (``torch.amp.GradScaler`` on the loss), "dynamic"
+            (:class:`rampde.DynamicScaler` on the adjoint) or "both" (the first for layers around a solve, and the
+            scaling that :func:`rampde.odeint` does by itself within it). Empty: in fp16 "dynamic" with rampde and
+            "grad" with torchdiffeq, else "none".
         checkpoint: what rampde keeps for the backward pass: one of CHECKPOINTS or a number of states.
         device: "cpu" or "cuda".
         threads: of PyTorch on the CPU.
@@ -77,8 +78,8 @@ class Options:
         if not self.scaler:
             usual = "dynamic" if self.solver == "rampde" else "grad"
             object.__setattr__(self, "scaler", usual if self.precision == "fp16" else "none")
-        if self.scaler == "dynamic" and self.solver != "rampde":
-            raise ValueError("scaler 'dynamic' belongs to rampde; with torchdiffeq it is 'grad' or 'none'")
+        if self.scaler in ("dynamic", "both") and self.solver != "rampde":
+            raise ValueError(f"scaler {self.scaler!r} belongs to rampde; with torchdiffeq it is 'grad' or 'none'")
         if self.scaler != "none" and PRECISIONS[self.precision].itemsize != 2:
             raise ValueError(f"scaler {self.scaler!r} is for bf16 and fp16; with {self.precision} it is 'none'")
         if torch.device(self.device).type not in ("cpu", "cuda"):
@@ -149,7 +150,7 @@ def published_variants(options: O) -> list[O]:
     wide = ("fp32", "tf32") if options.device.startswith("cuda") else ("fp32",)
     chosen = [(solver, precision, "none") for precision in (*wide, "bf16") for solver in ("torchdiffeq", "rampde")]
     chosen += [("torchdiffeq", "fp16", scaler) for scaler in ("none", "grad")]
-    chosen += [("rampde", "fp16", scaler) for scaler in SCALERS]
+    chosen += [("rampde", "fp16", scaler) for scaler in ("none", "grad", "dynamic")]
     found = []
     for solver, precision, scaler in chosen:
         checkpoint = options.checkpoint if solver == "rampde" else "auto"
@@ -186,14 +187,14 @@ class Precision:
     Attributes:
         device: where the run computes.
         dtype: of the velocity.
-        grad_scaler: of the loss; does nothing unless the scaler is "grad".
+        grad_scaler: of the loss; does nothing unless the scaler is "grad" or "both".
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.device = torch.device(options.device)
         self.dtype = PRECISIONS[options.precision]
-        self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=options.scaler == "grad")
+        self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=options.scaler in ("grad", "both"))
         self._scalers: dict[str, rampde.DynamicScaler] = {}
 
     @property
@@ -214,6 +215,9 @@ class Precision:
             return False
         if self.options.scaler == "grad":
             return self.grad_scaler
+        if self.options.scaler == "both":
+            # where no scale serves, gradients come back infinite, and the GradScaler leaves the step out
+            return None
         if block not in self._scalers:
             self._scalers[block] = rampde.DynamicScaler(self.dtype, decrease_factor=2.0**-4, max_attempts=10)
         return self._scalers[block]

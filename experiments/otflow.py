@@ -1,7 +1,8 @@
 """The published OT-Flow on tabular data, in every precision.
 
     python -m experiments.otflow [--dataset bsds300|power|gas|hepmass|miniboone] [--size small|full] [--synthetic]
-                                 [--data DIR] [--weights L,H,C] [--compare] [--seeds N] [--precision fp32] ... [--quick]
+                                 [--folder DIR] [--weights L,H,C] [--compare] [--seeds N] [--precision fp32] ...
+                                 [--quick]
 
 A potential's gradient (:mod:`experiments.otflow_model`) moves data at t = 0 to a Gaussian at t = 1. The loss is the
 weighted sum of transport cost, violation of the Hamilton-Jacobi-Bellman equation, and negative log-likelihood, in the
@@ -9,8 +10,9 @@ order of ``--weights``. Of BSDS300 the sizes are those of arXiv 2510.23498, of t
 give (arXiv 2006.00104), with the widths and batches of the former. The order of the weights too is that of the former:
 OT-Flow itself gives the second number to the likelihood and the third to the equation.
 
-The data are read from the archive in ``--data`` (see :mod:`experiments.tabular`); with ``--synthetic``, or ``--quick``
-where there is no archive, they are generated in the same shape. The table's figures are of rows held out for tests:
+The data are read from the archive in ``--folder`` (see :mod:`experiments.tabular`); with ``--synthetic``, or with
+``--quick`` where there is no archive, they are generated in the same shape. The table's figures are of rows held out
+for tests:
 
     NLL               mean -log p, in nats, with the run's own solver and precision
     likelihood error, transport error, HJB error
@@ -107,7 +109,7 @@ class OTFlowOptions(Options):
         dataset: one of "power", "gas", "hepmass", "miniboone", "bsds300".
         size: "full" (as published) or "small"; empty: "full" on a GPU, "small" on the CPU. ``quick`` goes before it.
         synthetic: generated data of the same shape.
-        data: folder of the archive.
+        folder: where the archive lies.
         weights: of transport cost, HJB equation and likelihood, with commas; empty: the data set's.
         iterations: of training; 0: those of the size.
 
@@ -118,7 +120,7 @@ class OTFlowOptions(Options):
     dataset: str = "bsds300"
     size: str = ""
     synthetic: bool = False
-    data: str = str(ROOT / "data")
+    folder: str = str(ROOT / "data")
     weights: str = ""
     iterations: int = 0
 
@@ -159,7 +161,7 @@ def rows_of(options: OTFlowOptions) -> Splits:
     """
     if not options.synthetic:
         try:
-            return load(options.dataset, Path(options.data))
+            return load(options.dataset, Path(options.folder))
         except FileNotFoundError:
             if not options.quick:
                 raise
@@ -265,7 +267,7 @@ def parse(arguments: Sequence[str] | None) -> OTFlowOptions:
     parser.add_argument("--dataset", choices=list(SOURCES), default="bsds300")
     parser.add_argument("--size", choices=["small", "full"], default="", help="default: full on a GPU, else small")
     parser.add_argument("--synthetic", action="store_true", help="generated data of the same shape")
-    parser.add_argument("--data", default=OTFlowOptions.data, help="folder of the archive (experiments/data)")
+    parser.add_argument("--folder", default=OTFlowOptions.folder, help="where the archive lies (experiments/data)")
     parser.add_argument("--weights", default="", help="of transport, HJB equation, likelihood, such as 1,2000,800")
     parser.add_argument("--iterations", type=int, default=0, help="of training (default: the size's)")
     return OTFlowOptions.read(parser, arguments)

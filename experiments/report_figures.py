@@ -12,7 +12,7 @@ from experiments.report_runs import Group, Recorded
 from experiments.study import Row, picture
 
 COLOURS = {"fp64": "tab:brown", "fp32": "tab:grey", "tf32": "black", "bf16": "tab:orange", "fp16": "tab:blue"}
-LINES = {"none": "-", "grad": "--", "dynamic": "-"}
+LINES = {"none": "-", "grad": "--", "dynamic": "-", "both": "-."}
 # what a training curve shows: the first of these that a log has twice
 CURVES = ("validation accuracy", "validation NLL", "validation loss", "loss")
 # of the memory benchmark what says most: solver, and how it is drawn

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import machine_line
+from experiments.options import PRECISIONS, SCALERS
 from experiments.study import Row, read_rows
 
 # of a run's options those that tell the rows of a table from each other
@@ -234,7 +235,7 @@ def groups(runs: Sequence[Recorded]) -> list[Group]:
 
 
 def _place(line: Line) -> tuple[int, ...]:
-    orders = (("torchdiffeq", "rampde"), ("fp64", "fp32", "tf32", "bf16", "fp16"), ("none", "grad", "dynamic"))
+    orders = (("torchdiffeq", "rampde"), tuple(PRECISIONS), SCALERS)
     solver, precision, scaler = (
         order.index(name) if name in order else len(order) for order, name in zip(orders, line.variant, strict=False)
     )

@@ -13,7 +13,8 @@ network has 8,650 parameters: real images, for a CPU and without a download. A f
     validation accuracy, validation loss  of those held out
 
 Each run draws its training curves. Losses and accuracies are those of the run's own solver and precision. A dynamic
-scaler keeps the adjoint in range inside of its block; between the blocks gradients are as small as the loss makes them.
+scaler keeps the adjoint in range inside of its block; between the blocks gradients are as small as the loss makes them,
+unless ``--scaler both`` scales the loss as well.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,11 +112,6 @@ class ImageOptions(Options):
     def recipe(self) -> Recipe:
         """How the network is trained."""
         return replace(self._usual, epochs=self.epochs, batch=self.batch)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """All that a run's numbers depend on, as JSON can hold it; not where the images lie."""
-        return {name: value for name, value in super().config.items() if name != "folder"}
 
 
 def load(options: ImageOptions) -> Dataset:

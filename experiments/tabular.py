@@ -168,7 +168,7 @@ def load(name: str, folder: Path, md5: str = MD5) -> Splits:
             missing = ", ".join(str(unpacked / file) for file in source.files)
             raise FileNotFoundError(
                 f"the data set {name} is not there: expected {archive} or {missing}. Download {URL} into "
-                f"{folder}, or choose another folder with --data; --quick runs on generated data"
+                f"{folder}, or choose another folder with --folder; --quick runs on generated data"
             )
         verify(archive, md5)
         with tarfile.open(archive) as file:

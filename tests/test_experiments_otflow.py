@@ -152,7 +152,7 @@ def test_potential_and_weight_that_make_no_sense_are_refused() -> None:
 
 
 def run_quick(out: Path, *more: str) -> tuple[int, list[dict[str, Any]]]:
-    command = ["--quick", "--device", "cpu", "--out", str(out), "--data", str(out / "no data")]
+    command = ["--quick", "--device", "cpu", "--out", str(out), "--folder", str(out / "no data")]
     status = otflow.main([*command, *more])
     return status, [json.loads(path.read_text()) for path in sorted(out.glob("otflow/*/run.json"))]
 
@@ -180,7 +180,7 @@ def test_parameters_stay_within_their_bounds(tmp_path: Path, monkeypatch: pytest
 
 
 def test_missing_data_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert otflow.main(["--device", "cpu", "--out", str(tmp_path), "--data", str(tmp_path)]) == 1
+    assert otflow.main(["--device", "cpu", "--out", str(tmp_path), "--folder", str(tmp_path)]) == 1
     assert "Download https://zenodo.org" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -260,8 +260,9 @@ def test_checkpoint_of_other_parts_is_refused(tmp_path: Path) -> None:
     [
         ({"precision": "fp8"}, "expected one of fp64, fp32"),
         ({"solver": "euler"}, "solver is 'euler'"),
-        ({"scaler": "static"}, "expected one of none, grad, dynamic"),
+        ({"scaler": "static"}, "expected one of none, grad, dynamic, both"),
         ({"solver": "torchdiffeq", "scaler": "dynamic"}, "belongs to rampde"),
+        ({"solver": "torchdiffeq", "scaler": "both"}, "belongs to rampde"),
         ({"precision": "fp32", "scaler": "grad"}, "is for bf16 and fp16"),
         ({"precision": "tf32"}, "on a GPU only"),
         ({"solver": "torchdiffeq", "checkpoint": "step"}, "belongs to rampde"),
@@ -352,6 +353,9 @@ def test_scalers() -> None:
     other = Precision(Options(precision="fp16"))
     other.load_state_dict(dynamic.state_dict())
     assert [other.loss_scaler(block).headroom for block in ("a", "b")] == [0.25, 1.0]
+    both = Precision(Options(precision="fp16", scaler="both"))
+    assert both.grad_scaler.is_enabled()
+    assert both.loss_scaler("a") is None
 
 
 @pytest.mark.parametrize("name", ["fp64", "fp32", "bf16", "fp16"])

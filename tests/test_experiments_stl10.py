@@ -42,14 +42,15 @@ def copy_of(model, precision):
     return found
 
 
-def gradients(precision, model, images):
-    """Of a random linear function of the logits, after all parameters; and the logits."""
+def gradients(precision, model, images, weight=1.0):
+    """Of ``weight`` times a linear function of the logits, over ``weight``, after all parameters; and the logits."""
     with precision.context():
         logits = model(images.to(precision.state_dtype))
     cotangent = torch.sin(torch.arange(logits.numel(), dtype=logits.dtype)).view_as(logits)
-    found = torch.autograd.grad(precision.grad_scaler.scale((logits * cotangent).sum()), list(model.parameters()))
+    loss = weight * (logits * cotangent).sum()
+    found = torch.autograd.grad(precision.grad_scaler.scale(loss), list(model.parameters()))
     flat = torch.cat([gradient.double().flatten() for gradient in found])
-    return logits.detach().double(), flat / precision.grad_scaler.get_scale()
+    return logits.detach().double(), flat / (weight * precision.grad_scaler.get_scale())
 
 
 def distance(found, expected):
@@ -158,6 +159,36 @@ class TestNetwork:
                 found.append([distance(mine, its) for mine, its in zip(those, expected, strict=True)])
         mine, its = (torch.tensor(found).median(dim=0).values for found in errors.values())
         assert (mine <= 2 * its).all()
+
+    def test_both_scalers_keep_small_gradients_between_blocks(self):
+        """A loss of 1e-8 has the gradient of one of 1 with both scalers; the blocks' scalers alone lose it."""
+        reference = Precision(Options(precision="fp64", solver="torchdiffeq"))
+        exact = randomized(stl10.make_model(reference, SMALL))
+        images = torch.randn(16, 1, 6, 6)
+        _, expected = gradients(reference, exact, images)
+        errors = []
+        for scaler, weight in (("dynamic", 1.0), ("both", 1e-8), ("dynamic", 1e-8)):
+            low = Precision(Options(precision="fp16", scaler=scaler))
+            _, found = gradients(low, copy_of(exact, low), images, weight)
+            errors.append(distance(found, expected))
+        large, both, alone = errors
+        assert both <= 2 * large
+        assert alone > 4 * both
+
+    def test_a_step_whose_gradient_overflows_is_left_out(self):
+        precision = Precision(Options(precision="fp16", scaler="both"))
+        precision.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+        model = randomized(stl10.make_model(precision, SMALL))
+        before = [parameter.clone() for parameter in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        with precision.context():
+            loss = model(torch.randn(2, 1, 6, 6)).square().sum()
+        precision.grad_scaler.scale(loss).backward()
+        precision.grad_scaler.step(optimizer)
+        precision.grad_scaler.update()
+        assert precision.grad_scaler.get_scale() == 2.0**59
+        for parameter, its in zip(model.parameters(), before, strict=True):
+            assert torch.equal(parameter, its)
 
     def test_epsilon_bounds_gradients(self):
         """A channel that the ReLU leaves but one tiny pixel: the gradient grows by epsilon^-1/2 and not more."""

@@ -174,7 +174,7 @@ def test_archive_is_verified_and_unpacked(name: str, tmp_path: Path) -> None:
 def test_missing_file_is_explained(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         load(name, tmp_path)
-    for words in (name, URL, str(tmp_path), "--quick", "--data"):
+    for words in (name, URL, str(tmp_path), "--quick", "--folder"):
         assert words in str(caught.value)
 
 
