@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -34,13 +35,21 @@ def gradient_error(precision: Precision, model: nn.Module, data: Tensor, loss: L
         The error against :func:`reference`; infinite where the gradient is not finite.
     """
     wide = copy.deepcopy(model).double()
-    expected = _gradient(reference(precision), wide, data.double(), loss)
-    found = _gradient(precision, model, data, loss)
+    expected = gradient(reference(precision), wide, data.double(), loss)
+    return distance(gradient(precision, model, data, loss), expected)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative error of ``found`` in the Euclidean norm; infinite where it is not finite."""
     error = ((found - expected).norm() / expected.norm()).item()
-    return error if error == error else float("inf")
+    return error if math.isfinite(error) else math.inf
 
 
-def _gradient(precision: Precision, model: nn.Module, data: Tensor, loss: Loss) -> Tensor:
+def gradient(precision: Precision, model: nn.Module, data: Tensor, loss: Loss) -> Tensor:
+    """The gradient of a loss that a run's arithmetic gives, of all parameters in one row, float64.
+
+    Args: as of :func:`gradient_error`.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scaler = precision.grad_scaler
     # a parameter that the loss does not depend on has the gradient zero
