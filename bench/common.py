@@ -45,6 +45,8 @@ SOURCES = (
     "pyproject.toml",
 )
 SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh", ".md", ".toml")
+# what runs write, which makes no other state of the tree
+NOT_SOURCES = (":(exclude)bench/results", ":(exclude)experiments/results")
 ORIGIN = ("sources", "cpu", "cores", "threads", "gpu", "torch", "triton", "python")
 
 
@@ -230,7 +232,7 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "sources": sources(),
         "commit": commit or "unknown",
-        "uncommitted": bool(commit and _output("git", "status", "--porcelain")),
+        "uncommitted": bool(commit and _output("git", "status", "--porcelain", "--", ".", *NOT_SOURCES)),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if torch.cuda.is_available():

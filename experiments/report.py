@@ -21,8 +21,9 @@ from typing import Any
 import jinja2
 
 from experiments import published
+from experiments.claims import claims
 from experiments.report_figures import bench_records, curve_column, draw_accuracy, draw_curves, draw_memory
-from experiments.report_runs import Group, Recorded, collect, groups, number, spread
+from experiments.report_runs import Group, Recorded, collect, groups, machines, number, spread
 from experiments.study import Row
 
 ROOT = Path(__file__).resolve().parent
@@ -35,7 +36,14 @@ TEXTS = {
     "cnf": (
         "Continuous normalizing flow in the plane",
         "A flow learns three densities by maximum likelihood. NLL is that of held-out points, in nats. "
-        "fp16 is run without scaling, too.",
+        "fp16 is run without scaling, too. The gradient error is that of the trained network, whose gradient is a "
+        "small sum of large terms.",
+    ),
+    "cnf_gradients": (
+        "The flow's gradient before training",
+        "The same network and batch in every precision: relative error of the gradient against float64. The loss is a "
+        "mean, so a sample's cotangent falls with the batch, in fp16 below what it can hold; and what sums "
+        "gradients in 16 bits loses more with every step. Curves that coincide lie upon each other.",
     ),
     "otflow": (
         "OT-Flow on tables",
@@ -65,12 +73,14 @@ CAPTIONS = {
     "density": "Data, learned density and samples",
     "range": "State, velocity and adjoint of the damped ODE, and the numbers that float16 has",
     "errors": "Errors of state and adjoint over time; what is not finite is drawn at 10",
+    "gradients": "Error of the untrained flow's gradient against the batch and against the steps",
     "constants": "Error of the worst gradient against the constant that the loss is multiplied by",
     "rotation": "Errors against h: a rotation with decay",
     "network": "Errors against h: a small network",
 }
 # variants whose pictures are not folded away
 SHOWN = (("torchdiffeq", "fp32", "none"), ("rampde", "bf16", "none"), ("rampde", "fp16", "dynamic"))
+CLAIMS = "What is claimed, and what was reached"
 BENCHMARKS = "Errors and memory against the number of steps"
 
 
@@ -145,7 +155,7 @@ def training_table(group: Group) -> Table:
         names=len(columns),
         note=group.described,
         synthetic=group.synthetic,
-        machines=_distinct(run.machine for run in group.runs),
+        machines=machines(group.runs),
         commands=commands,
     )
     if column := curve_column(group.runs):
@@ -191,7 +201,7 @@ def study_table(run: Recorded) -> Table:
         names=len(names),
         note=run.failure or note,
         synthetic=run.synthetic,
-        machines=[run.machine],
+        machines=machines([run]),
         commands=[run.command],
         figures=[_picture(run, path) for path in run.pictures(list(CAPTIONS))],
     )
@@ -242,6 +252,19 @@ def ours(entry: published.Published, found: Sequence[Group], studies: Sequence[R
     return "; ".join(said) or "–"
 
 
+def claims_table(runs: Sequence[Recorded]) -> Table:
+    """The claims with their bars, and what the runs say of them."""
+    return Table(
+        title="",
+        columns=["claim", "bar", "reached", ""],
+        rows=[
+            TableRow([claim.text, claim.bar, claim.reached or "–", claim.verdict], failed=claim.verdict == "missed")
+            for claim in claims(runs)
+        ],
+        words=True,
+    )
+
+
 def benchmark_section(folder: Path) -> Section | None:
     """Gradient errors and memory against steps, from the benchmarks' files; None where there are none."""
     figures = []
@@ -259,9 +282,9 @@ def benchmark_section(folder: Path) -> Section | None:
 
 
 def sections(runs: Sequence[Recorded], bench: Path) -> list[Section]:
-    """The parts of the page: an experiment each, those that are known first, then the benchmarks'."""
+    """The parts of the page: the claims, an experiment each, those that are known first, then the benchmarks'."""
     names = dict.fromkeys([*TEXTS, *sorted(run.experiment for run in runs)])
-    made = []
+    made = [Section("claims", CLAIMS, [], [claims_table(runs)])]
     for name in names:
         title, text = TEXTS.get(name, (name, ""))
         of_name = [run for run in runs if run.experiment == name]
@@ -298,19 +321,21 @@ def markdown(parts: Sequence[Section], command: str) -> str:
         lines += ["", f"## {part.title}"]
         lines += [line for paragraph in part.text for line in ("", paragraph)]
         for table in (table for table in part.tables if table.columns):
-            lines += ["", f"### {table.title}{' (synthetic data)' if table.synthetic else ''}", ""]
-            lines += [table.note, ""] if table.note else []
-            lines.append(
-                _markdown_row([*table.columns, *(["remarks"] if any(row.remarks for row in table.rows) else [])])
-            )
-            sides = ["---" if n < table.names or table.words else "---:" for n in range(len(table.columns))]
-            lines.append(_markdown_row([*sides, *(["---"] if any(row.remarks for row in table.rows) else [])]))
-            for row in table.rows:
-                remarks = ["; ".join(row.remarks)] if any(other.remarks for other in table.rows) else []
-                lines.append(_markdown_row([*row.cells, *remarks]))
+            title = f"{table.title}{' (synthetic data)' if table.synthetic else ''}"
+            lines += ["", *([f"### {title}", ""] if title else []), *([table.note, ""] if table.note else [])]
+            lines.append(markdown_table(table))
             lines += [f"\n{machine}" for machine in table.machines]
             lines += [f"\n`{line}`" for line in table.commands if line]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """A table, its remarks in a last column where there are any."""
+    remarked = any(row.remarks for row in table.rows)
+    sides = ["---" if n < table.names or table.words else "---:" for n in range(len(table.columns))]
+    rows = [[*table.columns, "remarks"], [*sides, "---"]]
+    rows += [[*row.cells, "; ".join(row.remarks)] for row in table.rows]
+    return "\n".join(_markdown_row(row if remarked else row[:-1]) for row in rows)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

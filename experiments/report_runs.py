@@ -18,6 +18,8 @@ from experiments.study import Row, read_rows
 VARIANT = ("solver", "precision", "scaler", "checkpoint")
 # of others those of which a table's heading does not speak
 UNSPOKEN = ("device", "quick", "threads", "seed", "only", *VARIANT)
+# percent of the cores from which on a machine is called busy
+BUSY = 20
 COSTS = ("seconds forward", "seconds backward", "peak MiB")
 
 
@@ -70,9 +72,15 @@ class Recorded:
     def machine(self) -> str:
         """Hardware, versions and commit, in a line."""
         try:
-            return machine_line(self.record["machine"]).replace("\n", "; ")
+            return machine_line({**self.record["machine"], "cpu_used_by_others_percent": 0})
         except (KeyError, TypeError):
             return self.hardware
+
+    @property
+    def used_by_others(self) -> float:
+        """Percent of the cores that others used when it was started."""
+        found = self.record.get("machine") or {}
+        return float(found.get("cpu_used_by_others_percent") or 0)
 
     @property
     def command(self) -> str:
@@ -113,6 +121,13 @@ class Recorded:
         """Its figures, those named in ``order`` first; without the training curve, which is drawn for all together."""
         found = (path for path in self.folder.glob("*.png") if path.stem != "curve")
         return sorted(found, key=lambda path: (order.index(path.stem) if path.stem in order else len(order), path.stem))
+
+
+def machines(runs: Sequence[Recorded]) -> list[str]:
+    """Where runs were made, a line for each machine and commit, and how busy it was."""
+    lines = list(dict.fromkeys(run.machine for run in runs))
+    most = max((run.used_by_others for run in runs), default=0)
+    return lines + ([f"others used up to {most:.0f} % of the cores; times suffer from it"] if most >= BUSY else [])
 
 
 def collect(folder: Path) -> list[Recorded]:

@@ -1,33 +1,19 @@
 """The report: from made-up run folders to tables, marks and figures that stand in the page."""
 
 import base64
-import csv
 import json
 import math
 import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
+from experiment_runs import MACHINE, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
 # elements that have no end
 VOID = {"meta", "img", "br", "link"}
-# hardware as bench.common.machine() describes it
-MACHINE = {
-    "cpu": "Some CPU",
-    "cores": 2,
-    "threads": 1,
-    "cpu_used_by_others_percent": 0.0,
-    "gpu": None,
-    "torch": "2.13.0",
-    "triton": "3.7.1",
-    "python": "3.11.7",
-    "commit": "0123456789abcdef",
-    "uncommitted": False,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -74,49 +60,6 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += data
-
-
-def write_run(
-    out: Path,
-    experiment: str,
-    subject: str,
-    solver: str = "rampde",
-    precision: str = "bf16",
-    scaler: str = "none",
-    seed: int = 0,
-    log: list[dict[str, Any]] | None = None,
-    **record: Any,
-) -> Path:
-    """A run's folder as an experiment leaves it; ``record`` replaces what run.json says."""
-    name = f"{subject}-{solver}-{precision}-{scaler}-{seed}"
-    folder = out / experiment / name
-    folder.mkdir(parents=True)
-    config = {
-        "solver": solver,
-        "precision": precision,
-        "scaler": scaler,
-        "checkpoint": "auto",
-        "seed": seed,
-        "device": "cpu",
-    }
-    usual = {
-        "experiment": experiment,
-        "name": name,
-        "config": {**config, "size": "small"},
-        "machine": MACHINE,
-        "command": f"python -m experiments.{experiment} --seeds 3",
-        "synthetic": False,
-        "status": "done",
-        "failure": None,
-        "summary": {},
-    }
-    (folder / "run.json").write_text(json.dumps({**usual, **record}))
-    if log:
-        with (folder / "log.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in log for key in row)))
-            writer.writeheader()
-            writer.writerows(log)
-    return folder
 
 
 def write_picture(path: Path) -> None:
@@ -278,7 +221,7 @@ def test_benchmarks_are_drawn(tmp_path: Path) -> None:
 def test_a_folder_without_runs_makes_a_page(tmp_path: Path) -> None:
     html, markdown, page = report(tmp_path / "nothing")
     assert "0 runs" in html
-    assert html.count("No runs yet.") == markdown.count("No runs yet.") == 5
+    assert html.count("No runs yet.") == markdown.count("No runs yet.") == 6
     assert not page.images
 
 
