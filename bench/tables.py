@@ -7,7 +7,7 @@ Each table stands between the lines ``<!-- name -->`` and ``<!-- end -->`` and n
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,9 @@ TABLES = {
 }
 
 
-def written(text: str) -> str:
+def written(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """``text`` with every table anew."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.DOTALL)
     return text

@@ -265,7 +265,7 @@ def conclude(rows: Sequence[Row]) -> tuple[dict[str, float], list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, draws and writes."""
     parser = StudyOptions.parser("adjoint_scaling", __doc__.partition("\n")[0])
-    options = StudyOptions.read(parser, arguments)
+    options = StudyOptions.read(parser, arguments, cases)
     options.prepare()
     print(machine_line(machine()))
     t = grid()

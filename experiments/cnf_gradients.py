@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, draws and writes; the exit status is 0."""
     parser = GradientOptions.parser("cnf_gradients", (__doc__ or "").splitlines()[0])
     parser.add_argument("--density", choices=list(DENSITIES), default="checkerboard")
-    options = GradientOptions.read(parser, arguments)
+    options = GradientOptions.read(parser, arguments, variants)
     print(machine_line(machine()))
     with Run(options, "cnf_gradients", f"{options.density}-{options.run_name}") as run:
         study, problem = Study(run.folder / "study.csv", options.fresh), Problem(options)

@@ -284,18 +284,21 @@ def benchmark_section(folder: Path) -> Section | None:
 def sections(runs: Sequence[Recorded], bench: Path) -> list[Section]:
     """The parts of the page: the claims, an experiment each, those that are known first, then the benchmarks'."""
     names = dict.fromkeys([*TEXTS, *sorted(run.experiment for run in runs)])
-    made = [Section("claims", CLAIMS, [], [claims_table(runs)])]
-    for name in names:
-        title, text = TEXTS.get(name, (name, ""))
-        of_name = [run for run in runs if run.experiment == name]
-        found, studies = groups(of_name), [run for run in of_name if run.is_study]
-        tables = [training_table(group) for group in found] + [study_table(run) for run in studies]
-        theirs = published_table(name, found, studies)
-        tables += [theirs] if theirs else []
-        said = [text] if of_name else [text, "No runs yet."]
-        made.append(Section(name.replace("_", "-"), title, [paragraph for paragraph in said if paragraph], tables))
+    judged = Section("claims", CLAIMS, [], [claims_table(runs)])
     benchmarks = benchmark_section(bench)
-    return [*made, *([benchmarks] if benchmarks else [])]
+    return [judged, *(section(name, runs) for name in names), *([benchmarks] if benchmarks else [])]
+
+
+def section(name: str, runs: Sequence[Recorded]) -> Section:
+    """The part of an experiment: a table for each kind of its runs, and what others have published."""
+    title, text = TEXTS.get(name, (name, ""))
+    of_name = [run for run in runs if run.experiment == name]
+    found, studies = groups(of_name), [run for run in of_name if run.is_study]
+    tables = [training_table(group) for group in found] + [study_table(run) for run in studies]
+    theirs = published_table(name, found, studies)
+    tables += [theirs] if theirs else []
+    said = [text] if of_name else [text, "No runs yet."]
+    return Section(name.replace("_", "-"), title, [paragraph for paragraph in said if paragraph], tables)
 
 
 def html(parts: Sequence[Section], runs: Sequence[Recorded], command: str) -> str:
@@ -320,13 +323,18 @@ def markdown(parts: Sequence[Section], command: str) -> str:
     for part in parts:
         lines += ["", f"## {part.title}"]
         lines += [line for paragraph in part.text for line in ("", paragraph)]
-        for table in (table for table in part.tables if table.columns):
-            title = f"{table.title}{' (synthetic data)' if table.synthetic else ''}"
-            lines += ["", *([f"### {title}", ""] if title else []), *([table.note, ""] if table.note else [])]
-            lines.append(markdown_table(table))
-            lines += [f"\n{machine}" for machine in table.machines]
-            lines += [f"\n`{line}`" for line in table.commands if line]
+        lines += ["", *markdown_tables(part, "###")] if any(table.columns for table in part.tables) else []
     return "\n".join(lines) + "\n"
+
+
+def markdown_tables(part: Section, level: str) -> list[str]:
+    """The lines of a part's tables, each under a heading of that level, with machine and command."""
+    blocks = []
+    for table in (table for table in part.tables if table.columns):
+        title = f"{level} {table.title}{' (synthetic data)' if table.synthetic else ''}" if table.title else ""
+        commands = [f"`{line}`" for line in table.commands if line]
+        blocks += [block for block in (title, table.note, markdown_table(table), *table.machines, *commands) if block]
+    return "\n\n".join(blocks).splitlines()
 
 
 def markdown_table(table: Table) -> str:

@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finest_network=6 if quick else RoundoffOptions.finest_network,
         finest_torchdiffeq=9 if quick else RoundoffOptions.finest_torchdiffeq,
     )
-    options = RoundoffOptions.read(parser, arguments)
+    options = RoundoffOptions.read(parser, arguments, variants)
     options.prepare()
     print(machine_line(machine()))
     run = Run(options, "roundoff", f"{options.run_name}-2^-{options.finest}")

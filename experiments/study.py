@@ -110,14 +110,23 @@ class StudyOptions(Options):
         return parser
 
     @classmethod
-    def read(cls: type[S], parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> S:
-        """The options of a command line; where they are none, the parser says so and exits."""
+    def read(
+        cls: type[S],
+        parser: argparse.ArgumentParser,
+        arguments: Sequence[str] | None = None,
+        variants: Callable[[S], Sequence[Any]] | None = None,
+    ) -> S:
+        """The options of a command line; where they are none, or leave no ``variants``, the parser says so and exits."""
         found = vars(parser.parse_args(arguments))
         only = tuple((name, value) for name in CHOSEN if (value := found.pop(name)))
         try:
-            return cls(only=only, **found)
+            options = cls(only=only, **found)
         except ValueError as error:
             parser.error(str(error))
+        if variants is not None and not variants(options):
+            kept = ", ".join(" ".join(pair) for pair in only)
+            parser.error(f"the study has nothing with {kept}: leave one of these out")
+        return options
 
     @property
     def run_name(self) -> str:

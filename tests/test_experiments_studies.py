@@ -246,6 +246,10 @@ def test_a_study_keeps_to_what_is_given() -> None:
         (["--seeds", "2"], "one seed"),
         (["--compare"], "by itself"),
         (["--finest", "2"], "finest is 2, expected 3 to 24"),
+        (
+            ["--scaler", "both", "--precision", "fp16"],
+            "nothing with precision fp16, scaler both: leave one of these out",
+        ),
     ],
 )
 def test_a_study_says_what_is_wrong(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
