@@ -2,6 +2,7 @@
 #
 #   make test                           style, types and the tests that are not slow
 #   make demo                           trains a flow in 32 and in 16 bits, side by side
+#   make experiments                    the published experiments in their CPU or GPU size, for hours, and their report
 #   make docs                           the docs site, into site/; make docs-serve shows it
 #   make gpu-check OUT=folder           build, benchmarks, all tests, for nine minutes; run again, it goes on
 #   make gpu-check VENV= PYTHON=python3 the same with an interpreter that has torch already; no network is used
@@ -37,10 +38,10 @@ INSTALLED := $(VENV)/.rampde
 DOCS_INSTALLED := $(VENV)/.docs
 endif
 
-.PHONY: help install install-rampde test test-all lint format demo bench gpu-check docs docs-serve clean distclean
+.PHONY: help install install-rampde test test-all lint format demo bench experiments gpu-check docs docs-serve clean distclean
 
 help:
-	@echo "targets: install test test-all lint format demo bench gpu-check docs docs-serve clean distclean"
+	@echo "targets: install test test-all lint format demo bench experiments gpu-check docs docs-serve clean distclean"
 
 install: $(INSTALLED)
 
@@ -81,6 +82,16 @@ bench: $(INSTALLED)
 	$(RUN) -m bench.adaptive $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.memory $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.compare $(if $(OUT),--out $(OUT))
+
+# a run that is there is not repeated, one that was cut off goes on
+experiments: $(INSTALLED)
+	$(RUN) -m experiments.cnf --density all --seeds 3 --compare
+	$(RUN) -m experiments.cnf_gradients
+	$(RUN) -m experiments.otflow --dataset miniboone --synthetic --compare
+	$(RUN) -m experiments.stl10 --data digits --seeds 3 --compare
+	$(RUN) -m experiments.adjoint_scaling
+	$(RUN) -m experiments.roundoff --finest 20
+	$(RUN) -m experiments.report
 
 gpu-check: $(INSTALLED)
 	$(RUN) -m bench.check $(CHECKS) $(if $(OUT),--out $(OUT))

@@ -46,7 +46,7 @@ SOURCES = (
 )
 SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh", ".md", ".toml")
 # what runs write, which makes no other state of the tree
-NOT_SOURCES = (":(exclude)bench/results", ":(exclude)experiments/results")
+NOT_SOURCES = (":(exclude)bench/results", ":(exclude)experiments/recorded")
 ORIGIN = ("sources", "cpu", "cores", "threads", "gpu", "torch", "triton", "python")
 
 

@@ -2,9 +2,9 @@
 
     python -m experiments.docs [--runs experiments/results]
 
-Each table stands between the lines ``<!-- experiments: name -->`` and ``<!-- end -->``; the figures are in
-``docs/figures``. Tables need what a run says in ``run.json`` and ``study.csv``, figures also its logs and pictures:
-those whose sources are not there stay as they are.
+Each table stands between the lines ``<!-- experiments: name -->`` and ``<!-- end -->``, and is made of ``run.json`` and
+``study.csv`` of the runs in ``experiments/recorded``. With ``--runs`` those of a folder are taken over into it first, and
+the figures in ``docs/figures`` are made of its logs and pictures; those whose sources are not there stay as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from experiments.report_figures import draw_accuracy, draw_curves, draw_memory
 from experiments.report_runs import Recorded, collect, groups
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "experiments" / "results"
+RECORDED = ROOT / "experiments" / "recorded"
+# of a run what is recorded
+FILES = ("run.json", "study.csv")
 PAGES = (ROOT / "README.md", ROOT / "docs" / "experiments.md")
 FIGURES = ROOT / "docs" / "figures"
 EXPERIMENTS = ("cnf", "cnf_gradients", "otflow", "stl10", "adjoint_scaling", "roundoff")
@@ -50,9 +52,19 @@ def tables(runs: Sequence[Recorded]) -> dict[str, Callable[[], str]]:
     return found | {f"experiments: {name}": lambda name=name: of_experiment(name) for name in EXPERIMENTS}
 
 
-def draw(runs: Sequence[Recorded], folder: Path) -> list[Path]:
-    """Writes the figures whose sources are there; which."""
-    made = []
+def record(folder: Path) -> None:
+    """Takes over the runs of a folder, in place of recorded ones of the same names."""
+    for name in FILES:
+        for source in folder.rglob(name):
+            target = RECORDED / source.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def draw(folder: Path) -> list[Path]:
+    """Writes the figures whose sources are in a folder of runs, and those of the benchmarks; which."""
+    made, runs = [], collect(folder)
+    FIGURES.mkdir(exist_ok=True)
     for name, source in PICTURES.items():
         if (folder / source).exists():
             shutil.copyfile(folder / source, FIGURES / f"{name}.png")
@@ -73,14 +85,17 @@ def draw(runs: Sequence[Recorded], folder: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads, draws and writes; the exit status is 0."""
     parser = argparse.ArgumentParser(prog="python -m experiments.docs", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=RESULTS, help="folder of the runs")
+    parser.add_argument("--runs", type=Path, help="folder of runs to take over")
     options = parser.parse_args(arguments)
-    runs = collect(options.runs)
+    if options.runs is not None:
+        if not any(options.runs.rglob("run.json")):
+            parser.error(f"there is no run in {options.runs}")
+        record(options.runs)
+        for path in draw(options.runs):
+            print(f"wrote {path.relative_to(ROOT)}")
+    runs = collect(RECORDED)
     for page in PAGES:
         page.write_text(written(page.read_text(), tables(runs)))
-    FIGURES.mkdir(exist_ok=True)
-    for path in draw(runs, options.runs):
-        print(f"wrote {path.relative_to(ROOT)}")
     return 0
 
 

@@ -116,7 +116,7 @@ class StudyOptions(Options):
         arguments: Sequence[str] | None = None,
         variants: Callable[[S], Sequence[Any]] | None = None,
     ) -> S:
-        """The options of a command line; where they are none, or leave no ``variants``, the parser says so and exits."""
+        """The options of a command line; where they are none, or leave no variant, the parser says so and exits."""
         found = vars(parser.parse_args(arguments))
         only = tuple((name, value) for name in CHOSEN if (value := found.pop(name)))
         try:

@@ -25,7 +25,7 @@ FIGURE = re.compile(r"^!\[[^\]]+\]\(([^)]+)\)\n\n\*(.+?)\*$", flags=re.MULTILINE
 
 
 def test_tables_are_those_of_the_runs() -> None:
-    tables = docs.tables(collect(docs.RESULTS))
+    tables = docs.tables(collect(docs.RECORDED))
     texts = {page: page.read_text() for page in docs.PAGES}
     for page, text in texts.items():
         assert "<!-- experiments: claims -->\n| " in text, page
@@ -59,9 +59,10 @@ def test_every_figure_is_shown_somewhere() -> None:
 def test_figures_are_taken_from_runs_and_what_is_missing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs, figures, page = tmp_path / "runs", tmp_path / "figures", tmp_path / "page.md"
+    runs, recorded, figures, page = (tmp_path / name for name in ("runs", "recorded", "figures", "page.md"))
     page.write_text("before\n<!-- experiments: cnf -->\nold\n<!-- end -->\nafter\n")
     monkeypatch.setattr(docs, "ROOT", tmp_path)
+    monkeypatch.setattr(docs, "RECORDED", recorded)
     monkeypatch.setattr(docs, "FIGURES", figures)
     monkeypatch.setattr(docs, "PAGES", (page,))
     folder = write_run(
@@ -76,6 +77,7 @@ def test_figures_are_taken_from_runs_and_what_is_missing_stays(
     source = runs / docs.PICTURES["density-fp32"]
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_bytes(b"\x89PNG its picture")
+    write_run(recorded, "cnf", "checkerboard", summary={"NLL": 3.75})
     figures.mkdir()
     (figures / "range.png").write_bytes(b"from before")
     assert docs.main(["--runs", str(runs)]) == 0
@@ -89,5 +91,15 @@ def test_figures_are_taken_from_runs_and_what_is_missing_stays(
     text = page.read_text()
     assert text.startswith("before\n<!-- experiments: cnf -->\n### 2spirals")
     assert "| torchdiffeq | fp32 | none | 2.75 |" in text
+    # what was recorded before is there still, and logs and pictures are not recorded
+    assert "| rampde | bf16 | none | 3.75 |" in text
+    assert {path.name for path in recorded.rglob("*.*")} == {"run.json"}
     assert json.loads((folder / "run.json").read_text())["command"] in text
     assert text.endswith("<!-- end -->\nafter\n")
+    # from what is recorded the table is made again
+    page.write_text(text.replace("2.75", "1.75"))
+    assert docs.main([]) == 0
+    assert page.read_text() == text
+    with pytest.raises(SystemExit):
+        docs.main(["--runs", str(tmp_path / "nothing")])
+    assert "there is no run in" in capsys.readouterr().err
