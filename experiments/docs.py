@@ -3,8 +3,9 @@
     python -m experiments.docs [--runs experiments/results]
 
 Each table stands between the lines ``<!-- experiments: name -->`` and ``<!-- end -->``, and is made of ``run.json`` and
-``study.csv`` of the runs in ``experiments/recorded``. With ``--runs`` those of a folder are taken over into it first, and
-the figures in ``docs/figures`` are made of its logs and pictures; those whose sources are not there stay as they are.
+``study.csv`` of the runs in ``experiments/recorded``. With ``--runs`` those of a folder are taken over into it first,
+and the figures in ``docs/figures`` are made of its logs and pictures; those whose sources are not there stay as they
+are.
 """
 
 from __future__ import annotations
