@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import machine, machine_line, print_table
-from experiments.run import Options, Precision, Run, solve
+from experiments.run import Options, Precision, Run, program, solve
 from experiments.study import Row, Study, StudyOptions, picture
 
 END = 2.65
@@ -262,6 +262,7 @@ def conclude(rows: Sequence[Row]) -> tuple[dict[str, float], list[str]]:
     return summary, missed
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, draws and writes."""
     parser = StudyOptions.parser("adjoint_scaling", __doc__.partition("\n")[0])
@@ -270,8 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(machine_line(machine()))
     t = grid()
     exact = exact_solution(t)
-    run = Run(options, "adjoint_scaling", options.run_name)
-    with run:
+    missed: list[str] = []
+    with Run(options, "adjoint_scaling", options.run_name) as run:
         study = Study(run.folder / "study.csv", options.fresh)
         for case in cases(options):
             chosen = case.options
@@ -290,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.finish(**summary)
     for line in missed:
         print(line, file=sys.stderr)
-    return 1 if missed else 0
+    return 0 if run.done and not missed else 1
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -31,7 +31,7 @@ from experiments.cnf_model import HyperFlow, negative_log_likelihood
 from experiments.curves import draw_curves
 from experiments.densities import DENSITIES, Samples
 from experiments.reference import gradient_error, reference
-from experiments.run import Options, Precision, Run, print_table, sweep, train
+from experiments.run import Options, Precision, Run, print_table, program, sweep, train
 
 HIDDEN = 32
 RATE = 1e-2
@@ -103,12 +103,12 @@ def run_one(options: CnfOptions) -> Run:
     """Trains one flow, or takes up where it was left; draws and records it.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        Refused: the folder holds a run with other options.
     """
     size = SIZES[options.size]
     options.prepare()
-    name = f"{options.density}-{options.label}-{options.seed}"
-    with Run(options, "cnf", name) as run:
+    name = options.named(options.density)
+    with Run(options, "cnf", name, recipe=asdict(size)) as run:
         if run.finished:
             return run
         precision = run.precision
@@ -165,6 +165,7 @@ def parse(arguments: Sequence[str] | None) -> CnfOptions:
     return CnfOptions.read(parser, arguments)
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is asked for, and prints the table of each density; the exit status is 0."""
     options = parse(arguments)

@@ -27,7 +27,7 @@ from experiments.cnf_model import HyperFlow, negative_log_likelihood
 from experiments.densities import DENSITIES, Samples
 from experiments.options import Options, Precision, published_variants
 from experiments.reference import distance, gradient, reference
-from experiments.run import Run
+from experiments.run import Run, program
 from experiments.study import Row, Study, StudyOptions, picture
 
 HIDDEN = 32
@@ -104,7 +104,7 @@ class Problem:
     """The network, its batches, and their gradients in float64, which are computed once."""
 
     def __init__(self, study: GradientOptions) -> None:
-        study.prepare()
+        torch.manual_seed(study.seed)
         self.study, self.device = study, torch.device(study.device)
         self.model = HyperFlow(HIDDEN, study.sizes.width).to(self.device)
         self._exact = cache(self._reference)
@@ -124,6 +124,8 @@ class Problem:
 
     def errors(self, options: Options) -> dict[str, float]:
         """A variant's relative error in each setting."""
+        # tf32 is a setting of the process
+        options.prepare()
         found = {}
         for setting in self.study.sizes.settings:
             mine = self._gradient(Precision(options), setting)
@@ -156,11 +158,13 @@ def draw(path: Path, rows: Sequence[Row], sizes: Sizes) -> None:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints, draws and writes; the exit status is 0."""
+    """Measures, prints, draws and writes; the exit status is 1 where a variant was refused."""
     parser = GradientOptions.parser("cnf_gradients", (__doc__ or "").splitlines()[0])
     parser.add_argument("--density", choices=list(DENSITIES), default="checkerboard")
     options = GradientOptions.read(parser, arguments, variants)
+    options.prepare()
     print(machine_line(machine()))
     with Run(options, "cnf_gradients", f"{options.density}-{options.run_name}") as run:
         study, problem = Study(run.folder / "study.csv", options.fresh), Problem(options)
@@ -173,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(run.folder / "gradients.png", study.rows, options.sizes)
         last = options.sizes.along_steps[-1].column
         run.finish(**{f"gradient error, {row['variant']}, {last}": row[last] for row in study.rows})
-    return 0
+    return 0 if run.done else 1
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class ConvolutionalOde(nn.Module):
 
     Args:
         sizes: of the network.
-        solver: of the ODEs, from t = 0 to 1.
+        solver: of the ODEs, from t = 0 to 1, with the end of each step as a time of its own.
     """
 
     t: Tensor
@@ -117,7 +117,7 @@ class ConvolutionalOde(nn.Module):
         super().__init__()
         first, last = sizes.channels[0], sizes.channels[-1]
         self.solver = solver
-        self.register_buffer("t", torch.tensor([0.0, 1.0]), persistent=False)
+        self.register_buffer("t", torch.linspace(0, 1, sizes.steps + 1), persistent=False)
         self.stem = nn.Sequential(
             nn.Conv2d(sizes.colours, first, 3, padding=1), nn.InstanceNorm2d(first, affine=True), nn.ReLU()
         )

@@ -21,6 +21,7 @@ from bench.tables import CPU, written
 from experiments.report import claims_table, markdown_table, markdown_tables, section
 from experiments.report_figures import draw_accuracy, draw_curves, draw_memory
 from experiments.report_runs import Recorded, collect, groups
+from experiments.run import program
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "experiments" / "recorded"
@@ -83,6 +84,7 @@ def draw(folder: Path) -> list[Path]:
     return made
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads, draws and writes; the exit status is 0."""
     parser = argparse.ArgumentParser(prog="python -m experiments.docs", description=(__doc__ or "").splitlines()[0])

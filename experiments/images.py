@@ -5,8 +5,6 @@ images for training and 8000 for the test, in colour, of 96 x 96 pixels, each of
 a folder, as the published archive or as the files in it, and checked by the published MD5 sums.
 """
 
-import hashlib
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.augmentation import Augmentation, recoloured, windows
+from experiments.files import Absent, Refused, extract, verify
 
 ARCHIVE = "stl10_binary.tar.gz"
 FOLDER = "stl10_binary"
@@ -43,8 +42,6 @@ STL10_SIDE = 128
 DIGITS_AUGMENTATION = Augmentation(area=(0.9, 1.2), ratio=1.1, shift=0.5)
 # digits held out to watch the training, and for the test; what is left makes whole batches of 32
 DIGITS_HELD_OUT, DIGITS_TEST = 205, 600
-# bytes of a file read at once
-CHUNK = 1 << 20
 # generated images, for training and for each of the other two
 FEW = (64, 32)
 
@@ -186,44 +183,21 @@ def _find(folder: Path, checksums: Mapping[str, str]) -> Path:
     for place in (folder / FOLDER, folder):
         if all((place / name).is_file() for name in FILES):
             for name in FILES:
-                _check(place / name, checksums[name])
+                verify(place / name, checksums[name], SOURCE)
             return place
     archive = folder / ARCHIVE
     if not archive.is_file():
-        raise FileNotFoundError(
+        raise Absent(
             f"STL-10 is not in {folder.resolve()}: expected {ARCHIVE}, or {', '.join(FILES)} from it. Download it"
             f" (2.6 GB) from {SOURCE} into that folder, or use --quick for generated images, or --data digits for"
             " real ones that need no download."
         )
-    _check(archive, checksums[ARCHIVE])
+    verify(archive, checksums[ARCHIVE], SOURCE)
     place = folder / FOLDER
-    place.mkdir(exist_ok=True)
-    with tarfile.open(archive) as members:
-        for name in FILES:
-            content = members.extractfile(f"{FOLDER}/{name}")
-            assert content is not None
-            # complete under its own name, or not there: an extraction may be cut off
-            part = place / f"{name}.part"
-            with content, part.open("wb") as file:
-                while chunk := content.read(CHUNK):
-                    file.write(chunk)
-            part.replace(place / name)
+    extract(archive, {f"{FOLDER}/{name}": place / name for name in FILES})
     for name in FILES:
-        _check(place / name, checksums[name])
+        verify(place / name, checksums[name], SOURCE)
     return place
-
-
-def _check(path: Path, expected: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    found = digest.hexdigest()
-    if found != expected:
-        raise ValueError(
-            f"{path} is not the published file: its MD5 sum is {found}, expected {expected}."
-            f" Delete it and download {ARCHIVE} again from {SOURCE}."
-        )
 
 
 def _read(folder: Path, part: str) -> Labelled:
@@ -231,12 +205,12 @@ def _read(folder: Path, part: str) -> Labelled:
     pixels, labels = _bytes(folder / f"{part}_X.bin"), _bytes(folder / f"{part}_y.bin")
     colours, height, width = SHAPE
     if pixels.size != labels.size * colours * height * width:
-        raise ValueError(
+        raise Refused(
             f"{folder / part}_X.bin has {pixels.size} bytes, expected {labels.size} images, as many as"
             f" {part}_y.bin has labels, of {colours * height * width} bytes"
         )
     if labels.size and not 1 <= labels.min() <= labels.max() <= CLASSES:
-        raise ValueError(f"{folder / part}_y.bin has labels from {labels.min()} to {labels.max()}, expected 1 to 10")
+        raise Refused(f"{folder / part}_y.bin has labels from {labels.min()} to {labels.max()}, expected 1 to 10")
     images = torch.from_numpy(pixels).view(-1, colours, width, height).transpose(2, 3).contiguous()
     return Labelled(images, torch.from_numpy(labels).long() - 1)
 

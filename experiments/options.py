@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torchdiffeq
@@ -29,6 +29,9 @@ CHECKPOINTS = ("auto", "none", "step", "stage", "lean", "tape", "fp8", "offload"
 # where things are and how many runs there are: neither part of what a run computes nor of how fast it is
 NO_CONFIG = ("out", "fresh", "compare", "seeds", "folder")
 
+# what --compare goes through
+COMPARED = ("precision", "solver", "scaler")
+
 O = TypeVar("O", bound="Options")  # noqa: E741
 
 
@@ -37,6 +40,7 @@ class Options:
     """What every experiment lets one choose; an experiment's own options are fields of a subclass.
 
     Attributes:
+        is_study: it goes through precisions and solvers by itself.
         precision: "fp64" (data and parameters are then float64), "fp32", "tf32" (fp32 whose matrix products round their
             factors to 10 bits; on a GPU), "bf16", "fp16".
         solver: "rampde" or "torchdiffeq".
@@ -57,6 +61,8 @@ class Options:
     Raises:
         ValueError: a value that is none of these, or values that do not go together.
     """
+
+    is_study: ClassVar[bool] = False
 
     precision: str = "bf16"
     solver: str = "rampde"
@@ -108,6 +114,10 @@ class Options:
         words += [self.checkpoint] if self.checkpoint != "auto" else []
         return "-".join(words)
 
+    def named(self, subject: str) -> str:
+        """The name of the run that learns ``subject``: with label and seed, and "quick" where it is a short one."""
+        return f"{subject}-{self.label}-{self.seed}{'-quick' if self.quick else ''}"
+
     def prepare(self) -> None:
         """Sets what is the process's: threads, the seed of PyTorch's generators, and whether fp32 is fp32."""
         torch.set_num_threads(self.threads)
@@ -139,6 +149,10 @@ class Options:
     def read(cls: type[O], parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> O:
         """The options of a command line; where they do not go together, the parser says so and exits."""
         found = vars(parser.parse_args(arguments))
+        if found["compare"]:
+            given = [name for name in COMPARED if found[name] != parser.get_default(name)]
+            if given:
+                parser.error(f"--compare runs every {given[0]}: leave out --{' and --'.join(given)}")
         try:
             return cls(**found)
         except ValueError as error:

@@ -7,8 +7,8 @@
 A potential's gradient (:mod:`experiments.otflow_model`) moves data at t = 0 to a Gaussian at t = 1. The loss is the
 weighted sum of transport cost, violation of the Hamilton-Jacobi-Bellman equation, and negative log-likelihood, in the
 order of ``--weights``. Of BSDS300 the sizes are those of arXiv 2510.23498, of the others those that OT-Flow's authors
-give (arXiv 2006.00104), with the widths and batches of the former. The order of the weights too is that of the former:
-OT-Flow itself gives the second number to the likelihood and the third to the equation.
+give (arXiv 2006.00104), with the widths and batches of the former. Weights are each where their authors have them: the
+former's 2000 belong to the equation and 800 to the likelihood; OT-Flow's larger number is the likelihood's.
 
 The data are read from the archive in ``--folder`` (see :mod:`experiments.tabular`); with ``--synthetic``, or with
 ``--quick`` where there is no archive, they are generated in the same shape. The table's figures are of rows held out
@@ -25,17 +25,18 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from experiments.curves import draw_curves
+from experiments.files import Absent
 from experiments.options import ROOT
 from experiments.otflow_model import OTFlow, Potential, Terms, terms
 from experiments.reference import gradient_error, reference
-from experiments.run import Batches, Options, Precision, Run, print_table, sweep, train
+from experiments.run import Batches, Options, Precision, Run, print_table, program, sweep, train
 from experiments.tabular import SOURCES, Splits, generated, load
 
 ERRORS = ("likelihood error", "transport error", "HJB error", "gradient error")
@@ -83,10 +84,10 @@ class Size:
 
 
 FULL = {
-    "power": Size(128, 10_000, 10, 22, 36_000, 30, 0.03, 10, 20, (1, 500, 5)),
-    "gas": Size(512, 2048, 10, 28, 60_000, 50, 0.01, 10, 20, (1, 1200, 40)),
-    "hepmass": Size(256, 2000, 12, 24, 40_000, 50, 0.02, 10, 15, (1, 500, 40)),
-    "miniboone": Size(256, 2000, 6, 10, 8000, 20, 0.02, 10, 15, (1, 100, 15)),
+    "power": Size(128, 10_000, 10, 22, 36_000, 30, 0.03, 10, 20, (1, 5, 500)),
+    "gas": Size(512, 2048, 10, 28, 60_000, 50, 0.01, 10, 20, (1, 40, 1200)),
+    "hepmass": Size(256, 2000, 12, 24, 40_000, 50, 0.02, 10, 15, (1, 40, 500)),
+    "miniboone": Size(256, 2000, 6, 10, 8000, 20, 0.02, 10, 15, (1, 15, 100)),
     "bsds300": Size(1024, 512, 15, 30, 10_000, 100, 1e-3, 3.3, 15, (1, 2000, 800)),
 }
 
@@ -156,13 +157,13 @@ def rows_of(options: OTFlowOptions) -> Splits:
     """The data set, or generated rows where that is asked for, or ``quick`` and it is not there.
 
     Raises:
-        FileNotFoundError: it is not there; the message says where it comes from.
-        ValueError: its files are not those published.
+        Absent: it is not there; the message says where it comes from.
+        Refused: its files are not those published.
     """
     if not options.synthetic:
         try:
             return load(options.dataset, Path(options.folder))
-        except FileNotFoundError:
+        except Absent:
             if not options.quick:
                 raise
     return generated(options.dataset, 1000 if options.quick else SYNTHETIC_ROWS, seed=0)
@@ -172,13 +173,13 @@ def run_one(options: OTFlowOptions, splits: Splits) -> Run:
     """Trains one flow, or takes up where it was left; draws and records it.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        Refused: the folder holds a run with other options.
     """
     size = size_of(options.dataset, options.size)
     transport, hjb, likelihood = options.three_weights
     options.prepare()
-    name = f"{options.dataset}-{options.label}-{options.seed}"
-    with Run(options, "otflow", name, synthetic=splits.synthetic) as run:
+    name = options.named(options.dataset)
+    with Run(options, "otflow", name, synthetic=splits.synthetic, recipe=asdict(size)) as run:
         if run.finished:
             return run
         precision = run.precision
@@ -273,14 +274,11 @@ def parse(arguments: Sequence[str] | None) -> OTFlowOptions:
     return OTFlowOptions.read(parser, arguments)
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is asked for, and prints the table; the exit status is 1 where the data are not there."""
     options = parse(arguments)
-    try:
-        splits = rows_of(options)
-    except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    splits = rows_of(options)
     runs = [run_one(one, splits) for one in sweep(options)]
     print_table(runs, COLUMNS)
     return 0

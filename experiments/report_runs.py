@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.common import machine_line
+from experiments.files import Refused
 from experiments.options import PRECISIONS, SCALERS
 from experiments.study import Row, read_rows
 
@@ -49,12 +50,17 @@ class Recorded:
     @property
     def is_study(self) -> bool:
         """Whether it compares precisions by itself."""
-        return (self.folder / "study.csv").exists()
+        return bool(self.record.get("study")) or (self.folder / "study.csv").exists()
 
     @property
     def variant(self) -> tuple[str, ...]:
         """Solver, precision, scaler and checkpoint."""
         return tuple(str(self.config.get(name, "")) for name in VARIANT)
+
+    @property
+    def seed(self) -> int:
+        """Of parameters, data and batches."""
+        return int(self.config.get("seed", 0))
 
     @property
     def subject(self) -> str:
@@ -71,8 +77,18 @@ class Recorded:
     @property
     def machine(self) -> str:
         """Hardware, versions and commit, in a line."""
+        return self._line(self.record.get("machine"))
+
+    @property
+    def earlier(self) -> list[str]:
+        """Likewise, of what was computed before it went on elsewhere or with other sources."""
+        return [self._line(found) for found in self.record.get("earlier") or []]
+
+    def _line(self, machine: Any) -> str:
+        on_gpu = str(self.config.get("device", "cpu")).startswith("cuda")
         try:
-            return machine_line({**self.record["machine"], "cpu_used_by_others_percent": 0})
+            shown = {"cpu_used_by_others_percent": 0} | ({} if on_gpu else {"gpu": None})
+            return machine_line({**machine, **shown})
         except (KeyError, TypeError):
             return self.hardware
 
@@ -114,8 +130,9 @@ class Recorded:
         return read_rows(path) if path.exists() else []
 
     def study(self) -> list[Row]:
-        """The rows of its study."""
-        return read_rows(self.folder / "study.csv")
+        """The rows of its study, none where it was cut off before the first."""
+        path = self.folder / "study.csv"
+        return read_rows(path) if path.exists() else []
 
     def pictures(self, order: Sequence[str] = ()) -> list[Path]:
         """Its figures, those named in ``order`` first; without the training curve, which is drawn for all together."""
@@ -125,7 +142,7 @@ class Recorded:
 
 def machines(runs: Sequence[Recorded]) -> list[str]:
     """Where runs were made, a line for each machine and commit, and how busy it was."""
-    lines = list(dict.fromkeys(run.machine for run in runs))
+    lines = list(dict.fromkeys(line for run in runs for line in (*run.earlier, run.machine)))
     most = max((run.used_by_others for run in runs), default=0)
     return lines + ([f"others used up to {most:.0f} % of the cores; times suffer from it"] if most >= BUSY else [])
 
@@ -134,16 +151,14 @@ def collect(folder: Path) -> list[Recorded]:
     """All runs below a folder.
 
     Raises:
-        ValueError: a ``run.json`` cannot be read; the message says which.
+        Refused: a ``run.json`` cannot be read; the message says which.
     """
     found = []
     for path in sorted(folder.rglob("run.json")):
         try:
             record = json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} is not JSON ({error}): remove its folder, or run it again with --fresh"
-            ) from error
+            raise Refused(f"{path} is not JSON ({error}): remove its folder, or run it again with --fresh") from error
         found.append(Recorded(path.parent, record))
     return found
 
@@ -160,16 +175,27 @@ class Line:
         """Those that came to an end."""
         return [run for run in self.runs if run.status == "done"]
 
-    def values(self, column: str) -> list[float]:
-        """A column's values over the seeds, those that are there."""
-        return [run.summary[column] for run in self.done if column in run.summary]
+    @property
+    def failed(self) -> list[Recorded]:
+        """Those that failed."""
+        return [run for run in self.runs if run.status == "failed"]
+
+    @property
+    def name(self) -> str:
+        """Solver, precision and scaler in words."""
+        return " ".join(word for word in self.variant[:3] if word != "none")
+
+    def values(self, column: str, seeds: Collection[int] | None = None) -> list[float]:
+        """A column's values over the seeds, or those of ``seeds``, as far as they are there."""
+        runs = [run for run in self.done if seeds is None or run.seed in seeds]
+        return [run.summary[column] for run in runs if column in run.summary]
 
     @property
     def remarks(self) -> list[str]:
         """Failures with their reasons, and what has not ended."""
         found = []
-        for reason in dict.fromkeys(run.failure for run in self.runs if run.status == "failed"):
-            count = sum(run.status == "failed" and run.failure == reason for run in self.runs)
+        for reason in dict.fromkeys(run.failure for run in self.failed):
+            count = sum(run.failure == reason for run in self.failed)
             found.append(f"{_of(count, len(self.runs))}failed: {reason or 'no reason recorded'}")
         if unfinished := sum(run.status == "running" for run in self.runs):
             found.append(f"{_of(unfinished, len(self.runs))}not finished")
@@ -220,6 +246,10 @@ class Group:
         said = {name: value for name, value in self.setting.items() if value is not False and value not in ("", None)}
         return ", ".join(name if value is True else f"{name} {value}" for name, value in said.items())
 
+    def line_of(self, variant: tuple[str, str, str]) -> Line | None:
+        """The row of a variant with the usual checkpoints, if there is one."""
+        return next((line for line in self.lines if line.variant == (*variant, "auto")), None)
+
     def line(self, solver: str, precision: str, scaler: str) -> list[Line]:
         """The rows of such variants; an empty name is any."""
         wanted = (solver, precision, scaler)
@@ -231,7 +261,11 @@ class Group:
 
 
 def groups(runs: Sequence[Recorded]) -> list[Group]:
-    """Tables of the runs that are no studies, in the order of the experiments' names."""
+    """Tables of the runs that are no studies, in the order of the experiments' names.
+
+    Raises:
+        Refused: a run is there twice.
+    """
     found: dict[str, Group] = {}
     for run in (run for run in runs if not run.is_study):
         setting = {name: value for name, value in run.config.items() if name not in UNSPOKEN}
@@ -243,6 +277,9 @@ def groups(runs: Sequence[Recorded]) -> list[Group]:
         if line is None:
             line = Line(run.variant)
             group.lines.append(line)
+        twin = next((other for other in line.runs if other.seed == run.seed), None)
+        if twin is not None:
+            raise Refused(f"{twin.folder} and {run.folder} hold the same run: remove one of them")
         line.runs.append(run)
     for group in found.values():
         group.lines.sort(key=_place)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench.common import machine, machine_line, print_table, synchronize
-from experiments.run import Options, Precision, Run, solve
+from experiments.run import Options, Precision, Run, program, solve
 from experiments.study import Row, Study, StudyOptions, picture
 
 COARSEST = 3
@@ -251,6 +251,7 @@ def _finest(rows: Sequence[Row]) -> list[Row]:
     return list({row["variant"]: row for row in sorted(rows, key=lambda row: row["exponent"])}.values())
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, draws and writes."""
     parser = RoundoffOptions.parser("roundoff", __doc__.partition("\n")[0])
@@ -266,8 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = RoundoffOptions.read(parser, arguments, variants)
     options.prepare()
     print(machine_line(machine()))
-    run = Run(options, "roundoff", f"{options.run_name}-2^-{options.finest}")
-    with run:
+    with Run(options, "roundoff", f"{options.run_name}-2^-{options.finest}") as run:
         study = Study(run.folder / "study.csv", options.fresh)
         for problem in problems(options.seed):
             take(study, problem, options)
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_table(table, f"{problem.name}: relative errors at the finest steps")
             draw(run.folder / f"{problem.name}.png", rows, f"{problem.name}, rk4 on [0, 1]: errors against float64")
         run.finish(**summarise(study.rows))
-    return 0
+    return 0 if run.done else 1
 
 
 def take(study: Study, problem: Problem, options: RoundoffOptions) -> None:

@@ -8,7 +8,7 @@ A run writes ``<out>/<experiment>/<name>/``:
     *.png           figures
 
 The log is written with the checkpoint. A run that is started again with the same options goes on from there, and what
-it then logs is what it would have logged; a run that is done is not run again.
+it then logs is what it would have logged, on a CPU to the bit; a run that is done is not run again.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.common import machine, synchronize
+from bench.common import ORIGIN, machine, synchronize
 from bench.common import print_table as show
+from experiments.files import Refused, whole
 from experiments.options import Options, Precision, solve, sweep
 from rampde.meter import metered
 
-__all__ = ["Batches", "Options", "Precision", "Run", "Stateful", "print_table", "solve", "sweep", "train"]
+__all__ = ["Batches", "Options", "Precision", "Run", "Stateful", "print_table", "program", "solve", "sweep", "train"]
 
 # on the CPU memory is measured in one iteration, when everything has been used once; times then mean nothing
 METERED = 2
@@ -91,13 +94,30 @@ class Batches:
         self._generator.set_state(state["generator"])
 
 
+class OtherLoad:
+    """How much of the processors others use from now on."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        times = psutil.cpu_times()
+        busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+        return time.perf_counter(), busy - time.process_time()
+
+    def percent(self) -> float:
+        """Of all processors' time since the start."""
+        (before, used_before), (after, used_after) = self._start, self._now()
+        return round(100 * max(0.0, used_after - used_before) / ((after - before) * (psutil.cpu_count() or 1)), 1)
+
+
 class Run:
     """One run of an experiment, as a context in which it is computed.
 
-    Leaving the context with an error records it in ``run.json``. Numbers that are no longer finite
-    (``FloatingPointError``), memory that did not suffice, and what a solver or PyTorch refuses to do (``RuntimeError``)
-    are results, of which the table tells: they are recorded, the last with a traceback on stderr, and go no further.
-    An interrupted run stays as it is and can be taken up again.
+    Numbers that are no longer finite (``FloatingPointError``), memory that did not suffice, and what a solver or
+    PyTorch refuses to do (``RuntimeError``) are results, of which the table tells: leaving the context with one records
+    it in ``run.json``, the last with a traceback on stderr, and it goes no further. With any other error, a full disk
+    or a lost device among them, and interrupted, a run stays as it is and can be taken up again.
 
     Attributes:
         folder: where it writes.
@@ -105,16 +125,25 @@ class Run:
         finished: whether it was done, or had failed, before; then there is nothing to do.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        Refused: the folder holds a run with other options.
     """
 
-    def __init__(self, options: Options, experiment: str, name: str, *, synthetic: bool = False) -> None:
+    def __init__(
+        self,
+        options: Options,
+        experiment: str,
+        name: str,
+        *,
+        synthetic: bool = False,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             options: all that the run depends on.
             experiment: name of the module.
             name: of the run, and its folder's.
             synthetic: its data are generated in place of the published ones.
+            recipe: what the options stand for: sizes, rates, numbers of steps; what JSON can hold.
         """
         self.options, self.name = options, name
         self.precision = Precision(options)
@@ -124,8 +153,12 @@ class Run:
         self.record: dict[str, Any] = {
             "experiment": experiment,
             "name": name,
+            "study": options.is_study,
             "config": options.config,
+            # as it will be read again
+            "recipe": json.loads(json.dumps(recipe or {})),
             "machine": machine(),
+            "earlier": [],
             "command": shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]]),
             "synthetic": synthetic,
             "status": "running",
@@ -133,8 +166,9 @@ class Run:
             "summary": {},
         }
         self.finished = False
+        self._others = OtherLoad()
         if options.fresh:
-            for path in (self._json, self._log, self._checkpoint):
+            for path in (self._json, self._log, self._checkpoint, *self.folder.glob("*.png")):
                 path.unlink(missing_ok=True)
         if self._json.exists():
             self._take_up(json.loads(self._json.read_text()))
@@ -154,18 +188,23 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def _take_up(self, before: dict[str, Any]) -> None:
-        mine, its = self.record["config"], before["config"]
+        mine, its = ({**record["config"], **record["recipe"]} for record in (self.record, before))
         other = [
             f"{key} {its.get(key)!r}, now {mine.get(key)!r}" for key in mine | its if mine.get(key) != its.get(key)
         ]
         if other:
-            raise ValueError(
+            raise Refused(
                 f"{self.folder} holds a run with other options ({'; '.join(other)}): "
                 "choose another folder with --out, or replace it with --fresh"
             )
         if before["status"] != "running":
             self.record, self.finished = before, True
             self._rows = self._read_log()
+        elif self._checkpoint.exists():
+            # what goes on elsewhere, or with other sources, says so
+            segments = [*before["earlier"], before["machine"]]
+            here = self.record["machine"]
+            self.record["earlier"] = [one for one in segments if any(one.get(key) != here[key] for key in ORIGIN)]
 
     def __enter__(self) -> Run:
         return self
@@ -173,18 +212,24 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if not isinstance(error, Exception):
+        if not isinstance(error, FloatingPointError | RuntimeError) or isinstance(error, torch.AcceleratorError):
             return False
         self.record |= {"status": "failed", "failure": f"{type(error).__name__}: {error}"}
         self._write()
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, FloatingPointError | torch.OutOfMemoryError):
             traceback.print_exception(error)
-        return isinstance(error, FloatingPointError | RuntimeError)
+        return True
 
     def finish(self, **summary: float) -> None:
         """Records the figures of the table: those given, the medians of the times, and the peak of the memory."""
         self.record |= {"status": "done", "summary": {**summary, **self.costs()}}
+        self.record["machine"]["cpu_used_by_others_percent"] = self._others.percent()
         self._write()
+
+    @property
+    def done(self) -> bool:
+        """Whether it came to its end."""
+        return bool(self.record["status"] == "done")
 
     @property
     def summary(self) -> dict[str, float]:
@@ -219,22 +264,21 @@ class Run:
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if self.precision.device.type == "cuda" else [],
         }
-        whole = self._checkpoint.with_suffix(".part")
-        torch.save(state, whole)
-        whole.replace(self._checkpoint)
+        with whole(self._checkpoint) as part:
+            torch.save(state, part)
 
     def resume(self, parts: Mapping[str, Stateful]) -> int:
         """Takes up the last checkpoint, and drops what was logged after it; its iteration, 0 where there is none.
 
         Raises:
-            ValueError: the checkpoint is of other parts.
+            Refused: the checkpoint is of other parts.
         """
         if not self._checkpoint.exists():
             self._rows = []
             return 0
         state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         if set(state["parts"]) != set(parts):
-            raise ValueError(
+            raise Refused(
                 f"{self._checkpoint} holds {sorted(state['parts'])}, expected {sorted(parts)}: replace it with --fresh"
             )
         for name, part in parts.items():
@@ -258,17 +302,14 @@ class Run:
         if not self._rows:
             return
         columns = list(dict.fromkeys(name for row in self._rows for name in row))
-        whole = self._log.with_suffix(".part")
-        with whole.open("w", newline="") as file:
+        with whole(self._log) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows)
-        whole.replace(self._log)
 
     def _write_record(self) -> None:
-        whole = self._json.with_suffix(".part")
-        whole.write_text(json.dumps(self.record, indent=1) + "\n")
-        whole.replace(self._json)
+        with whole(self._json) as part:
+            part.write_text(json.dumps(self.record, indent=1) + "\n")
 
     def _write(self) -> None:
         self._write_log()
@@ -383,6 +424,20 @@ def _gradient(
     if device.type == "cuda" or peak is None:
         row |= {"seconds forward": forward, "seconds backward": backward}
     return row | ({} if peak is None else {"peak MiB": peak / MIB})
+
+
+def program(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A program's main function that prints what its user can put right (:class:`Refused`), and then returns 1."""
+
+    @wraps(main)
+    def told(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except Refused as error:
+            print(error, file=sys.stderr)
+            return 1
+
+    return told
 
 
 def print_table(runs: Sequence[Run], columns: Sequence[str]) -> None:

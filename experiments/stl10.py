@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from experiments.conv_model import DIGITS, STL10, ConvolutionalOde, Sizes
 from experiments.curves import draw_curves
 from experiments.images import Dataset, Labelled, load_small_digits, load_stl10
-from experiments.run import Batches, Options, Precision, Run, print_table, solve, sweep, train
+from experiments.run import Batches, Options, Precision, Run, print_table, program, solve, sweep, train
 
 COLUMNS = ("test accuracy", "validation accuracy", "test loss", "seconds forward", "seconds backward", "peak MiB")
 DATA = Path(__file__).resolve().parent / "data"
@@ -118,7 +118,7 @@ def load(options: ImageOptions) -> Dataset:
     """The images, on the run's device.
 
     Raises:
-        FileNotFoundError, ValueError: STL-10 is not there, or not as published; the message says what to do.
+        Refused: STL-10 is not there, or not as published; the message says what to do.
     """
     if options.data == "digits":
         images = load_small_digits(options.quick)
@@ -131,8 +131,7 @@ def load(options: ImageOptions) -> Dataset:
 
 def make_model(precision: Precision, sizes: Sizes) -> ConvolutionalOde:
     """The untrained network, solved as the run's options say; each block has a scaler of its own."""
-    solver = partial(solve, precision, options={"step_size": 1 / sizes.steps})
-    return ConvolutionalOde(sizes, solver).to(precision.device, precision.state_dtype)
+    return ConvolutionalOde(sizes, partial(solve, precision)).to(precision.device, precision.state_dtype)
 
 
 @torch.no_grad()
@@ -150,17 +149,16 @@ def judge(
     return 100 * right.item() / len(part), loss.item() / len(part)
 
 
-def run_one(options: ImageOptions) -> Run:
-    """Trains one network, or takes up where it was left; draws and records it.
+def run_one(options: ImageOptions, images: Dataset) -> Run:
+    """Trains one network on images, or takes up where it was left; draws and records it.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`load`; or the folder holds a run with other options.
+        Refused: the folder holds a run with other options.
     """
     recipe = options.recipe
-    images = load(options)
     options.prepare()
-    name = f"{options.data}-{options.label}-{options.seed}"
-    with Run(options, "stl10", name, synthetic=images.synthetic) as run:
+    name = options.named(options.data)
+    with Run(options, "stl10", name, synthetic=images.synthetic, recipe=asdict(recipe)) as run:
         if run.finished:
             return run
         precision = run.precision
@@ -213,14 +211,12 @@ def parse(arguments: Sequence[str] | None) -> ImageOptions:
     return ImageOptions.read(parser, arguments)
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is asked for and prints the table; the exit status is 1 where there are no images."""
-    try:
-        runs = [run_one(options) for options in sweep(parse(arguments))]
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print_table(runs, COLUMNS)
+    options = parse(arguments)
+    images = load(options)
+    print_table([run_one(one, images) for one in sweep(options)], COLUMNS)
     return 0
 
 

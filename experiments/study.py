@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
+from experiments.files import whole
 from experiments.options import Options
 
 Row = dict[str, Any]
@@ -43,13 +44,10 @@ class Study:
 
     def _write(self, rows: list[Row]) -> None:
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        # a study may be cut off at any time: the file is either the one before or this one
-        whole = self.path.with_suffix(".part")
-        with whole.open("w", newline="") as file:
+        with whole(self.path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        whole.replace(self.path)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -81,6 +79,8 @@ class StudyOptions(Options):
     Raises:
         ValueError: also where several runs are asked for.
     """
+
+    is_study: ClassVar[bool] = True
 
     only: tuple[tuple[str, str], ...] = ()
 
@@ -130,8 +130,9 @@ class StudyOptions(Options):
 
     @property
     def run_name(self) -> str:
-        """What the study keeps to, and whether it is the short one, as the name of a run."""
-        return "-".join(["quick" if self.quick else "full", *(value for _, value in self.only)])
+        """Whether it is the short one, what the study keeps to, and a seed that is not 0, as the name of a run."""
+        seed = [f"seed{self.seed}"] if self.seed else []
+        return "-".join(["quick" if self.quick else "full", *(value for _, value in self.only), *seed])
 
 
 @contextmanager

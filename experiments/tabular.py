@@ -12,8 +12,6 @@ unpacked is read as it is. Where there is neither, generated data of the same sh
 
 from __future__ import annotations
 
-import hashlib
-import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from experiments.files import Absent, Refused, extract, verify
 
 ARCHIVE = "data.tar.gz"
 URL = f"https://zenodo.org/record/1161203/files/{ARCHIVE}"
@@ -166,38 +166,20 @@ def load(name: str, folder: Path, md5: str = MD5) -> Splits:
         archive = folder / ARCHIVE
         if not archive.is_file():
             missing = ", ".join(str(unpacked / file) for file in source.files)
-            raise FileNotFoundError(
+            raise Absent(
                 f"the data set {name} is not there: expected {archive} or {missing}. Download {URL} into "
                 f"{folder}, or choose another folder with --folder; --quick runs on generated data"
             )
-        verify(archive, md5)
-        with tarfile.open(archive) as file:
-            for member in source.files:
-                file.extract(f"data/{member}", folder, filter="data")
+        verify(archive, md5, URL)
+        extract(archive, {f"data/{member}": unpacked / member for member in source.files})
     parts = source.read(unpacked)
     for part in parts:
         if part.ndim != 2 or part.shape[1] != source.columns:
-            raise ValueError(
+            raise Refused(
                 f"{name} in {unpacked} has rows of shape {part.shape[1:]} when prepared, expected ({source.columns},): "
                 f"these are not the files of {URL}"
             )
     return _splits(parts, synthetic=False)
-
-
-def verify(archive: Path, md5: str) -> None:
-    """Checks a file against its published checksum.
-
-    Raises:
-        ValueError: it has another one.
-    """
-    digest = hashlib.md5(usedforsecurity=False)
-    with archive.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != md5:
-        raise ValueError(
-            f"{archive} has the MD5 checksum {digest.hexdigest()}, expected {md5}: download it again from {URL}"
-        )
 
 
 def generated(name: str, rows: int, seed: int) -> Splits:

@@ -63,6 +63,22 @@ def test_short_runs_do_not_count(tmp_path: Path) -> None:
     assert judged(tmp_path, DAMPED)[0].verdict == "not run"
 
 
+def test_a_failed_seed_is_a_missed_claim(tmp_path: Path) -> None:
+    write_flows(tmp_path, 2.0, 2.0)
+    failed = {"status": "failed", "failure": "FloatingPointError: the loss is nan"}
+    write_run(tmp_path, "cnf", "2spirals", *FP16, seed=2, **failed)
+    (claim,) = judged(tmp_path, LIKELIHOOD)
+    assert (claim.verdict, claim.reached) == ("missed", "rampde fp16 dynamic failed in 1 of 3 runs")
+
+
+def test_seeds_that_not_all_variants_have_do_not_count(tmp_path: Path) -> None:
+    write_flows(tmp_path, 2.0, 2.0)
+    write_run(tmp_path, "cnf", "2spirals", "torchdiffeq", "fp32", seed=2, summary={"NLL": 9.0})
+    (claim,) = judged(tmp_path, LIKELIHOOD)
+    assert claim.verdict == "met"
+    assert "(2 seeds)" in claim.reached
+
+
 @pytest.mark.parametrize(("error", "verdict"), [(9e-4, "met"), (1.1e-3, "missed"), (float("inf"), "missed")])
 def test_damped(error: float, verdict: str, tmp_path: Path) -> None:
     write_run(tmp_path, "adjoint_scaling", "full", summary={"gradient error, dynamic": error})
@@ -92,9 +108,10 @@ def test_unscaled(torchdiffeq: float, rampde: float, dynamic: float, verdict: st
     ("accuracies", "verdict"),
     [
         ({"fp32": (99.0, 98.4), "bf16": (98.0, 98.4), "fp16": (98.5, 98.7)}, "met"),
-        # one run is below, or the means are apart
-        ({"fp32": (97.2, 97.2), "bf16": (96.9, 97.5)}, "missed"),
-        ({"fp32": (99.0, 99.0), "bf16": (98.2, 98.2)}, "missed"),
+        # one run is below, or the means are apart, or a precision is not there
+        ({"fp32": (97.2, 97.2), "bf16": (96.9, 97.5), "fp16": (97.2, 97.2)}, "missed"),
+        ({"fp32": (99.0, 99.0), "bf16": (98.2, 98.2), "fp16": (98.7, 98.7)}, "missed"),
+        ({"fp32": (99.0, 99.0), "bf16": (99.0, 99.0)}, "not run"),
     ],
 )
 def test_digits(accuracies: dict[str, tuple[float, ...]], verdict: str, tmp_path: Path) -> None:
@@ -103,11 +120,13 @@ def test_digits(accuracies: dict[str, tuple[float, ...]], verdict: str, tmp_path
         for seed, value in enumerate(values):
             summary = {"test accuracy": value}
             write_run(tmp_path, "stl10", "digits", "rampde", precision, scaler, seed, summary=summary)
+    for seed in (0, 1):
+        write_run(tmp_path, "stl10", "digits", "torchdiffeq", "fp32", seed=seed, summary={"test accuracy": 98.5})
     # fp16 without its scale is there to be worse
     write_run(tmp_path, "stl10", "digits", "rampde", "fp16", "none", summary={"test accuracy": 10.0})
     (claim,) = judged(tmp_path, DIGITS)
     assert claim.verdict == verdict
-    assert "(2 seeds)" in claim.reached
+    assert ("(2 seeds)" in claim.reached) == (verdict != "not run")
 
 
 @pytest.mark.parametrize(
@@ -119,5 +138,13 @@ def test_loss_terms(changed: dict[str, Any], verdict: str, tmp_path: Path) -> No
     write_run(tmp_path, "otflow", "power", summary={name: 4 * error for name, error in good.items()}, synthetic=True)
     (claim,) = judged(tmp_path, TERMS)
     assert claim.verdict == verdict
+    assert "(power, synthetic data)" in claim.text
     if verdict == "met":
-        assert claim.reached == "bf16 0.47 of it at most, fp16 0.93 of it at most (power)"
+        assert claim.reached == "bf16 0.47 of it at most, fp16 0.93 of it at most"
+
+
+def test_loss_terms_need_both_precisions_and_no_failure(tmp_path: Path) -> None:
+    write_run(tmp_path, "otflow", "power", *FP16, summary=dict.fromkeys(("likelihood error", "HJB error"), 0.0))
+    assert judged(tmp_path, TERMS)[0].verdict == "not run"
+    write_run(tmp_path, "otflow", "power", status="failed", failure="RuntimeError: no")
+    assert judged(tmp_path, TERMS)[0].verdict == "missed"

@@ -230,9 +230,17 @@ def test_a_broken_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     folder = write_run(tmp_path, "cnf", "2spirals")
     (folder / "run.json").write_text('{"experiment": ')
-    with pytest.raises(SystemExit):
-        main(["--runs", str(tmp_path)])
+    assert main(["--runs", str(tmp_path)]) == 1
     assert f"{folder / 'run.json'} is not JSON" in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_twice_is_no_second_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from experiments.report import main
+
+    for place in ("here", "there"):
+        write_run(tmp_path / place, "cnf", "2spirals", summary={"NLL": 2.5})
+    assert main(["--runs", str(tmp_path)]) == 1
+    assert "hold the same run: remove one of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

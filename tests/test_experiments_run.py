@@ -5,7 +5,8 @@ import math
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ pytest.importorskip("torchdiffeq")
 pytest.importorskip("tqdm")
 
 import rampde
+from experiments.files import Refused
 from experiments.options import PRECISIONS, published_variants, read_checkpoint
 from experiments.reference import gradient_error
-from experiments.run import Batches, Options, Precision, Run, print_table, solve, sweep, train
+from experiments.run import Batches, Options, OtherLoad, Precision, Run, print_table, program, solve, sweep, train
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS, SAVE_EVERY = 9, 3
@@ -231,20 +233,90 @@ def test_refusal_of_a_solver_is_recorded(tmp_path: Path, capsys: pytest.CaptureF
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_error_of_the_program_is_recorded_and_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="wrong"), Run(options(tmp_path), "small", "one") as run:
-        raise KeyError("wrong")
-    assert json.loads((run.folder / "run.json").read_text())["failure"] == "KeyError: 'wrong'"
+@pytest.mark.parametrize("error", [KeyError("wrong"), OSError("No space left on device"), ValueError("a bug")])
+def test_error_of_the_program_is_no_result(error: Exception, tmp_path: Path) -> None:
+    """It goes on, and the run is taken up again."""
+    given = options(tmp_path, precision="fp32")
+    run = Run(given, "small", "one")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)), run:
+        train_small(run, fail)
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "running"
+    again = Run(given, "small", "one")
+    assert not again.finished
+    train_small(again)
+    assert again.column("iteration")[0] == list(range(1, ITERATIONS + 1))
+
+
+def test_lost_device_is_no_result(tmp_path: Path) -> None:
+    """All that comes after it fails too, whatever it is."""
+    with pytest.raises(torch.AcceleratorError), Run(options(tmp_path), "small", "one") as run:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "running"
+
+
+def test_memory_that_does_not_suffice_is_a_result(tmp_path: Path) -> None:
+    with Run(options(tmp_path), "small", "one") as run:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert run.record["status"] == "failed"
+    assert not run.done
+
+
+def test_other_sources_and_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options(tmp_path, precision="fp32")
+    with pytest.raises(KeyboardInterrupt), Run(given, "small", "one", recipe={"steps": 3}) as run:
+        train_small(run, interrupt_after(5, KeyboardInterrupt))
+    with pytest.raises(Refused, match="steps 3, now 4"):
+        Run(given, "small", "one", recipe={"steps": 4})
+    before = run.record["machine"]
+    assert Run(given, "small", "one", recipe={"steps": 3}).record["earlier"] == []
+    monkeypatch.setattr("experiments.run.machine", lambda: before | {"sources": "others"})
+    again = Run(given, "small", "one", recipe={"steps": 3})
+    assert [found["sources"] for found in again.record["earlier"]] == [before["sources"]]
+    assert again.record["machine"]["sources"] == "others"
+
+
+def test_a_program_says_what_its_user_can_put_right(capsys: pytest.CaptureFixture[str]) -> None:
+    @program
+    def main(arguments: Sequence[str] | None = None) -> int:
+        if arguments:
+            raise Refused("take another folder")
+        raise ValueError("a bug")
+
+    assert main(["--fresh"]) == 1
+    assert capsys.readouterr().err == "take another folder\n"
+    with pytest.raises(ValueError, match="a bug"):
+        main()
+
+
+def test_compare_takes_no_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Options.parser("small", "one")
+    with pytest.raises(SystemExit):
+        Options.read(parser, ["--device", "cpu", "--compare", "--precision", "fp16", "--solver", "torchdiffeq"])
+    assert "--compare runs every precision: leave out --precision and --solver" in capsys.readouterr().err
+
+
+def test_load_of_others_is_a_part_of_all_processors() -> None:
+    load = OtherLoad()
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    # what this process does is not others', and the ticks of a clock are 10 ms
+    assert 0 <= load.percent() <= 100
 
 
 def test_run_with_other_options_is_not_overwritten(tmp_path: Path) -> None:
     given = options(tmp_path, precision="fp32")
     train_small(Run(given, "small", "one"))
-    with pytest.raises(ValueError, match="seed 0, now 4") as caught:
+    (tmp_path / "small" / "one" / "curve.png").write_bytes(b"of the seed before")
+    with pytest.raises(Refused, match="seed 0, now 4") as caught:
         Run(replace(given, seed=4), "small", "one")
     assert "--fresh" in str(caught.value)
     run = Run(replace(given, seed=4, fresh=True), "small", "one")
-    assert not (run.folder / "checkpoint.pt").exists()
+    assert {path.name for path in run.folder.iterdir()} == {"run.json"}
     assert json.loads((run.folder / "run.json").read_text())["config"]["seed"] == 4
 
 

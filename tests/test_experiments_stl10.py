@@ -260,9 +260,13 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("arguments", "name", "synthetic"),
         [
-            (["--data", "digits", "--precision", "fp16"], "digits-rampde-fp16-dynamic-3", False),
-            (["--data", "stl10", "--checkpoint", "lean"], "stl10-rampde-bf16-none-lean-3", True),
-            (["--data", "stl10", "--precision", "fp32", "--solver", "torchdiffeq"], "stl10-torchdiffeq-fp32-3", True),
+            (["--data", "digits", "--precision", "fp16"], "digits-rampde-fp16-dynamic-3-quick", False),
+            (["--data", "stl10", "--checkpoint", "lean"], "stl10-rampde-bf16-none-lean-3-quick", True),
+            (
+                ["--data", "stl10", "--precision", "fp32", "--solver", "torchdiffeq"],
+                "stl10-torchdiffeq-fp32-3-quick",
+                True,
+            ),
         ],
         ids=["digits", "stl10", "torchdiffeq"],
     )
@@ -287,7 +291,7 @@ class TestRuns:
     def test_it_learns(self, tmp_path):
         """64 digits in 25 passes over them."""
         options = stl10.ImageOptions(precision="fp32", data="digits", quick=True, epochs=25, out=str(tmp_path))
-        run = stl10.run_one(options)
+        run = stl10.run_one(options, stl10.load(options))
         _, losses = run.column("loss")
         assert len(losses) == 50
         # what knows nothing has log 10
@@ -298,7 +302,8 @@ class TestRuns:
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_killed_run_goes_on_with_the_same_curve(self, precision, tmp_path, monkeypatch):
         start = partial(stl10.ImageOptions, precision=precision, data="digits", quick=True, epochs=3)
-        whole = stl10.run_one(start(out=str(tmp_path / "whole")))
+        images = stl10.load(start())
+        whole = stl10.run_one(start(out=str(tmp_path / "whole")), images)
         judge, calls = stl10.judge, []
 
         def interrupted(*arguments):
@@ -309,11 +314,11 @@ class TestRuns:
 
         monkeypatch.setattr(stl10, "judge", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            stl10.run_one(start(out=str(tmp_path / "parts")))
+            stl10.run_one(start(out=str(tmp_path / "parts")), images)
         folder = tmp_path / "parts" / "stl10" / whole.name
         assert len(rows_of(folder)) == 2
         monkeypatch.setattr(stl10, "judge", judge)
-        again = stl10.run_one(start(out=str(tmp_path / "parts")))
+        again = stl10.run_one(start(out=str(tmp_path / "parts")), images)
         assert losses_of(folder) == losses_of(whole.folder)
         for name in ("test accuracy", "test loss", "validation loss"):
             assert again.summary[name] == whole.summary[name]
