@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from bench.common import machine, machine_line, print_table
 from experiments.run import Options, Precision, Run, program, solve
-from experiments.study import Row, Study, StudyOptions, picture
+from experiments.study import Row, Study, StudyOptions
+from experiments.style import COLOURS, picture
 
 END = 2.65
 POINTS = 400
@@ -35,7 +36,6 @@ BAR, PUBLISHED_BAR = 1e-3, 1e-2
 # what torch.amp.GradScaler begins with
 INITIAL_SCALE = 2.0**16
 GRADIENTS = ("dL/dy0", "dL/da", "dL/db", "dL/dc")
-COLOURS = {"fp32": "tab:grey", "bf16": "tab:orange", "fp16": "tab:blue"}
 
 
 class PolynomialDampedODE(nn.Module):

@@ -27,13 +27,12 @@ import torch
 from torch import Tensor
 
 from experiments.cnf_figure import draw_density
-from experiments.cnf_model import HyperFlow, negative_log_likelihood
+from experiments.cnf_model import HIDDEN, HyperFlow, negative_log_likelihood
 from experiments.curves import draw_curves
 from experiments.densities import DENSITIES, Samples
 from experiments.reference import gradient_error, reference
 from experiments.run import Options, Precision, Run, print_table, program, sweep, train
 
-HIDDEN = 32
 RATE = 1e-2
 COLUMNS = ("NLL", "NLL in fp64", "gradient error", "seconds forward", "seconds backward", "peak MiB")
 

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from bench.common import machine, machine_line, print_table
-from experiments.cnf_model import HyperFlow, negative_log_likelihood
+from experiments.cnf_model import HIDDEN, HyperFlow, negative_log_likelihood
 from experiments.densities import DENSITIES, Samples
 from experiments.options import Options, Precision, published_variants
 from experiments.reference import distance, gradient, reference
 from experiments.run import Run, program
-from experiments.study import Row, Study, StudyOptions, picture
+from experiments.study import Row, Study, StudyOptions
+from experiments.style import COLOURS, in_words, picture
 
-HIDDEN = 32
-COLOURS = {"fp32": "tab:grey", "tf32": "black", "bf16": "tab:orange", "fp16": "tab:blue"}
 STYLES = {"none": "-", "grad": "--", "dynamic": "-."}
 
 
@@ -133,11 +132,6 @@ class Problem:
         return found
 
 
-def label(row: Row) -> str:
-    """A variant in words."""
-    return " ".join(str(row[name]) for name in ("solver", "precision", "scaler") if row[name] != "none")
-
-
 def draw(path: Path, rows: Sequence[Row], sizes: Sizes) -> None:
     """Errors against the batch and against the steps."""
     with picture(path, panels=2, width=5.4, height=4.6) as panels:
@@ -150,7 +144,7 @@ def draw(path: Path, rows: Sequence[Row], sizes: Sizes) -> None:
                 # curves that coincide are seen around each other
                 style |= {"marker": "x"} if row["solver"] == "torchdiffeq" else {"marker": "o"}
                 style |= {"markerfacecolor": "none", "markersize": 9 if row["scaler"] == "dynamic" else 6}
-                panel.loglog([getattr(setting, along) for setting in settings], errors, label=label(row), **style)
+                panel.loglog([getattr(setting, along) for setting in settings], errors, label=row["variant"], **style)
             panel.set_xscale("log", base=2)
             panel.set_xlabel(along)
             panel.set_title(f"relative error of the gradient, {fixed} {getattr(settings[0], fixed)}", fontsize=10)
@@ -170,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study, problem = Study(run.folder / "study.csv", options.fresh), Problem(options)
         for chosen in variants(options):
             key = {"solver": chosen.solver, "precision": chosen.precision, "scaler": chosen.scaler}
-            study.row({"variant": label(key), **key}, partial(problem.errors, chosen))
+            study.row({"variant": in_words(**key), **key}, partial(problem.errors, chosen))
         columns = [setting.column for setting in options.sizes.settings]
         table = [{"": row["variant"], **{name: f"{row[name]:.1e}" for name in columns}} for row in study.rows]
         print_table(table, "relative errors of the gradient against float64")

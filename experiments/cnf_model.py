@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from experiments.options import Precision, solve
 
+# width of the hyper-network, as published
+HIDDEN = 32
+
 
 class HyperFlow(nn.Module):
     """Velocity f(t, z) = mean_i u_i tanh(w_i . z + b_i) of points in the plane.

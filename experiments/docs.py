@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.tables import CPU, written
 from experiments.report import claims_table, markdown_table, markdown_tables, section
-from experiments.report_figures import draw_accuracy, draw_curves, draw_memory
+from experiments.report_figures import draw_accuracy, draw_memory, draw_training
 from experiments.report_runs import Recorded, collect, groups
 from experiments.run import program
 
@@ -75,7 +75,7 @@ def draw(folder: Path) -> list[Path]:
     for name, (experiment, subject, column) in TRAINING.items():
         for group in groups(runs):
             if (group.experiment, group.subject) == (experiment, subject) and any(run.log() for run in group.runs):
-                drawn[name] = draw_curves(group, column)
+                drawn[name] = draw_training(group, column)
     for name, of_record in (("accuracy", draw_accuracy), ("memory", draw_memory)):
         drawn[name] = of_record(json.loads((CPU / f"{name}.json").read_text()))
     for name, png in drawn.items():

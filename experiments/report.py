@@ -22,7 +22,7 @@ import jinja2
 
 from experiments import published
 from experiments.claims import claims
-from experiments.report_figures import bench_records, curve_column, draw_accuracy, draw_curves, draw_memory
+from experiments.report_figures import bench_records, curve_column, draw_accuracy, draw_memory, draw_training
 from experiments.report_runs import Group, Recorded, collect, groups, machines, number, spread
 from experiments.run import program
 from experiments.study import Row
@@ -53,9 +53,9 @@ TEXTS = {
     ),
     "stl10": (
         "Classification of images",
-        "Blocks of a convolutional neural ODE: three of them on STL-10, as published; two on the digits of scikit-learn, "
-        "whose 8 by 8 pixels make other choices necessary (fewer channels, a norm with a larger epsilon, a clipped "
-        "gradient, more decay).",
+        "Blocks of a convolutional neural ODE: three on STL-10, as published; two on the digits of scikit-learn, whose "
+        "8 by 8 pixels make other choices necessary (fewer channels, a norm with a larger epsilon, a clipped gradient, "
+        "more decay).",
     ),
     "adjoint_scaling": (
         "Why the adjoint is scaled",
@@ -163,7 +163,7 @@ def training_table(group: Group) -> Table:
     )
     if column := curve_column(group.runs):
         title = f"Training on {group.subject}: {column}, a line for each seed"
-        table.figures.append(figure(title, commands, draw_curves(group, column)))
+        table.figures.append(figure(title, commands, draw_training(group, column)))
     for line in group.lines:
         first = min(line.runs, key=lambda run: run.config.get("seed", 0))
         pictures = [_picture(first, path) for path in first.pictures()]
@@ -230,8 +230,8 @@ def published_table(experiment: str, found: Sequence[Group], studies: Sequence[R
         title="Published, measured on other hardware",
         columns=["quantity", "theirs", "ours", "source of theirs"],
         rows=[TableRow([entry.quantity, entry.value, ours(entry, found, studies), entry.source]) for entry in entries],
-        note=f"Theirs: {published.HARDWARE}; their memory is all that was allocated. Ours: the machines and settings of "
-        "the tables above; our memory is what an iteration allocates beyond parameters, optimizer and data.",
+        note=f"Theirs: {published.HARDWARE}; their memory is all that was allocated. Ours: the machines and settings "
+        "of the tables above; our memory is what an iteration allocates beyond parameters, optimizer and data.",
         words=True,
     )
 

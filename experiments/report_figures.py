@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report_runs import Group, Recorded
-from experiments.study import Row, picture
+from experiments.study import Row
+from experiments.style import COLOURS, in_words, picture
 
-COLOURS = {"fp64": "tab:brown", "fp32": "tab:grey", "tf32": "black", "bf16": "tab:orange", "fp16": "tab:blue"}
 LINES = {"none": "-", "grad": "--", "dynamic": "-", "both": "-."}
 # what a training curve shows: the first of these that a log has twice
 CURVES = ("validation accuracy", "validation NLL", "validation loss", "loss")
@@ -39,13 +39,13 @@ def _points(log: Sequence[Row], column: str) -> tuple[list[int], list[float]]:
     return [row["iteration"] for row in rows], [float(row[column]) for row in rows]
 
 
-def draw_curves(group: Group, column: str) -> bytes:
+def draw_training(group: Group, column: str) -> bytes:
     """A column of the logs over the iterations: a line for each seed, a colour for each precision; PNG."""
     buffer = io.BytesIO()
     with picture(buffer, width=7.4) as (panel,):
         for line in group.lines:
             solver, precision, scaler, _ = line.variant
-            label = " ".join(word for word in (solver, precision, scaler) if word != "none")
+            label = in_words(solver, precision, scaler)
             style: dict[str, Any] = {
                 "color": COLOURS.get(precision, "tab:purple"),
                 "linestyle": ":" if solver == "torchdiffeq" else LINES.get(scaler, "-"),

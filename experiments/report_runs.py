@@ -14,6 +14,7 @@ from bench.common import machine_line
 from experiments.files import Refused
 from experiments.options import PRECISIONS, SCALERS
 from experiments.study import Row, read_rows
+from experiments.style import in_words
 
 # of a run's options those that tell the rows of a table from each other
 VARIANT = ("solver", "precision", "scaler", "checkpoint")
@@ -183,7 +184,8 @@ class Line:
     @property
     def name(self) -> str:
         """Solver, precision and scaler in words."""
-        return " ".join(word for word in self.variant[:3] if word != "none")
+        solver, precision, scaler, _ = self.variant
+        return in_words(solver, precision, scaler)
 
     def values(self, column: str, seeds: Collection[int] | None = None) -> list[float]:
         """A column's values over the seeds, or those of ``seeds``, as far as they are there."""

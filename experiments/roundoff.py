@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from bench.common import machine, machine_line, print_table, synchronize
 from experiments.run import Options, Precision, Run, program, solve
-from experiments.study import Row, Study, StudyOptions, picture
+from experiments.study import Row, Study, StudyOptions
+from experiments.style import COLOURS, picture
 
 COARSEST = 3
 QUANTITIES = ("state", "adjoint", "gradient")
@@ -39,7 +40,6 @@ TITLES = {"state": "state y(1)", "adjoint": "adjoint dL/dy(0)", "gradient": "par
 # unit roundoff of the velocity, and of the sums
 ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 OF_SUMS = 2.0**-24
-COLOURS = {"fp32": "tab:grey", "bf16": "tab:orange", "fp16": "tab:blue"}
 
 
 class Rotation(nn.Module):

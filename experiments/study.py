@@ -2,11 +2,10 @@
 
 import argparse
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from experiments.files import whole
 from experiments.options import Options
@@ -133,20 +132,3 @@ class StudyOptions(Options):
         """Whether it is the short one, what the study keeps to, and a seed that is not 0, as the name of a run."""
         seed = [f"seed{self.seed}"] if self.seed else []
         return "-".join(["quick" if self.quick else "full", *(value for _, value in self.only), *seed])
-
-
-@contextmanager
-def picture(path: Path | BinaryIO, panels: int = 1, width: float = 6.6, height: float = 4.2) -> Iterator[list[Any]]:
-    """A figure to be drawn on: yields its axes, and writes it as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, panels, figsize=(width * panels, height), squeeze=False, layout="constrained")
-    for panel in axes[0]:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    yield list(axes[0])
-    figure.savefig(path, dpi=150, format="png")
-    pyplot.close(figure)

@@ -63,7 +63,7 @@ class Page(HTMLParser):
 
 
 def write_picture(path: Path) -> None:
-    from experiments.study import picture
+    from experiments.style import picture
 
     with picture(path) as (panel,):
         panel.plot([0, 1], [random.random(), random.random()])
