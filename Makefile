@@ -82,6 +82,7 @@ bench: $(INSTALLED)
 	$(RUN) -m bench.adaptive $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.memory $(if $(OUT),--out $(OUT))
 	$(RUN) -m bench.compare $(if $(OUT),--out $(OUT))
+	$(RUN) -m bench.accuracy $(if $(OUT),--out $(OUT))
 
 # a run that is there is not repeated, one that was cut off goes on
 experiments: $(INSTALLED)

@@ -5,6 +5,7 @@
 Each table stands between the lines ``<!-- name -->`` and ``<!-- end -->`` and names its machine and command.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,30 @@ def _ratio(row: dict[str, Any], of: str) -> str:
     return f"{row[name]:.2f} ({row[f'{name}_low']:.2f} .. {row[f'{name}_high']:.2f})"
 
 
+# of benchmarks with bars: what the bar is held against, and what it is called
+BARS = {
+    "solvers": ("value", "quantity"),
+    "adaptive": ("value", "quantity"),
+    "compare": ("over_torchdiffeq_compiled", "time over torchdiffeq's with the same compiled f"),
+    "memory": ("fp32_peak_over", "torchdiffeq's peak in fp32 over this one's"),
+}
+
+
+def bars() -> str:
+    """How many bars there are, and those that were missed."""
+    lines = []
+    for name, (value, title) in BARS.items():
+        rows = [row for row in json.loads((CPU / f"{name}.json").read_text())["rows"] if row.get("bar") is not None]
+        missed = [row for row in rows if not row["met"]]
+        lines.append([f"bench.{name}", f"{len(rows) - len(missed)} of {len(rows)} met", "", ""])
+        for row in missed:
+            of = " ".join(str(row[key]) for key in ("problem", "workload", "precision", "solver") if key in row)
+            lines.append(["", f"{of}: {row.get(title, title)}", f"{row[value]:.2f}", f"{row['bar']:g}"])
+    return markdown(["", "", "reached", "bar"], lines)
+
+
 TABLES = {
+    "bars": bars,
     "accuracy": accuracy,
     "solvers": solvers,
     "adaptive": adaptive,
@@ -157,6 +181,14 @@ def written(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Writes every page anew."""
+    argparse.ArgumentParser(
+        prog="python -m bench.tables", description="Writes the tables of README and docs."
+    ).parse_args()
     for page in PAGES:
         page.write_text(written(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
