@@ -13,7 +13,7 @@ from rampde.scaling import DynamicScaler
 from rampde.statistics import SolveStats, Stats, stats
 from rampde.tableau import ButcherTableau, EmbeddedTableau
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "METHODS",

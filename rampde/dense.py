@@ -101,7 +101,8 @@ def odeint_dense(
     """Solves from ``t0`` to ``t1`` and gives the solution as a function of time.
 
     For adaptive methods by their own interpolants, for all others by the cubic Hermite interpolant, or by lines with
-    ``options={"interp": "linear"}``. Gradients go through plain autograd, as with ``checkpoint="tape"``.
+    ``options={"interp": "linear"}``. Gradients go through plain autograd, as with ``checkpoint="tape"``: under autocast
+    it sums those of 16-bit velocities in 16 bits, and float16 is not scaled. Differentiate dense solutions in float32.
 
     Args:
         func, y0, rtol, atol, method, options, loss_scaler, velocity_dtype, compensated: as of :func:`rampde.odeint`.
