@@ -143,7 +143,10 @@ def read_arguments(
         t = t.to(spec.device)
     stats = new_solve(name)
     bar = Progress(values[0], values[-1]) if progress else None
-    observer = Observer(func, spec, family.callbacks, name, stats, bar)
+    own_steps = isinstance(control, AdaptiveOptions) and control.batch_axis is not None
+    # a sample's steps are not the solve's, and the tapes of methods with a past or an equation tell nobody
+    unheard = own_steps or (policy.is_tape and not family.steps_again)
+    observer = Observer(func, spec, () if unheard else family.callbacks, name, stats, bar)
     problem = Problem(
         velocity=Velocity(func, spec, velocity_dtype, stats),
         method=chosen,

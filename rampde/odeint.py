@@ -44,7 +44,10 @@ def odeint(
 
     Args:
         func: ``func(t, y)`` returns dy/dt in the structure, shapes and device of ``y0``. It receives ``t`` as a
-            0-dim tensor of the real dtype of y0, and ``y`` with its floating point leaves in ``velocity_dtype``.
+            0-dim tensor of the real dtype of y0, and ``y`` with its floating point leaves in ``velocity_dtype``. Where
+            it has attributes ``callback_step`` (before a step is attempted) and, for adaptive methods,
+            ``callback_accept_step`` and ``callback_reject_step`` (after it), they are called with ``(t0, y0, dt)``:
+            when the step starts, the state there, and the size of the step.
         y0: initial state: a floating point or complex tensor of any shape, or any nesting of tuples, lists and
             dicts of them.
         t: (T,) times, floating point, strictly increasing or decreasing, in the unit of ``func``'s time.
@@ -61,10 +64,10 @@ def odeint(
             ``t`` may then be (batch, T), and f receives times of shape (batch, 1, ..., 1)), and ``process_group`` (its
             processes, each with a part of the batch, take the same steps, those of the whole batch); of fixed-step
             methods ``step_size`` (positive; default: the steps end on the points of t), ``grid_constructor``
-            (``(func, y0, t) -> grid``), ``interp`` ("linear" or "cubic", for outputs between steps), ``perturb``
-            (evaluate just inside the ends of a step), and those of :class:`rampde.newton.NewtonOptions` (implicit
-            methods) and :class:`rampde.adams.AdamsOptions`; of "scipy_solver" those of
-            :class:`rampde.scipy_solver.ScipyOptions`.
+            (``(func, y0, t) -> grid``), ``interp`` ("linear", the default, or "cubic", for outputs between steps),
+            ``perturb`` (True: evaluate just inside the ends of a step), and those of
+            :class:`rampde.newton.NewtonOptions` (implicit methods) and :class:`rampde.adams.AdamsOptions`; of
+            "scipy_solver" those of :class:`rampde.scipy_solver.ScipyOptions`.
         event_fn: ``event_fn(t, y)`` returns a tensor. The solve ends where its least element, each taken with the
             sign that makes it positive at the start, becomes zero; of ``t``, which must have two times, the second
             only says in which direction to go. Methods with fixed steps need ``step_size``. The event's time has no

@@ -113,15 +113,16 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return gradients[0]
-        # a gradient without a graph would pass for one whose derivative is zero
-        anchor = gradients[0].new_zeros(()).requires_grad_()
-        refused: Tensor = _NoSecondDerivative.apply(gradients[0], anchor)  # type: ignore[no-untyped-call]
+        # a gradient without a graph would pass for one whose derivative is zero; on the way to any input lies the value
+        (value,) = ctx.saved_tensors
+        refused: Tensor = _NoSecondDerivative.apply(gradients[0], value)  # type: ignore[no-untyped-call]
         return refused
 
 

@@ -83,7 +83,7 @@ def registry() -> Iterator[None]:
     rampde.METHODS.update(before)
 
 
-@pytest.mark.parametrize("name", ["index", "getting-started", "extending"])
+@pytest.mark.parametrize("name", ["index", "getting-started", "events", "extending"])
 def test_code_of_a_page_runs(name: str, registry: None) -> None:
     """The blocks of a page, one after the other, as a reader would enter them."""
     page, scope = DOCS / f"{name}.md", dict[str, Any]()

@@ -258,6 +258,20 @@ def test_second_derivatives_of_the_time_are_refused() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_second_derivatives_by_name_are_refused(linear: bool) -> None:
+    """autograd runs only what leads to the inputs that are named; the refusal is on the way to each."""
+    p = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    y0 = tensor(0.0)
+    time, _ = odeint_event(
+        lambda t, y: (p if linear else p**2) * torch.ones_like(y), y0, tensor(0.0), event_fn=lambda t, y: y[0] - 0.3
+    )
+    (gradient,) = torch.autograd.grad(time, p, create_graph=True)
+    assert float(gradient.detach()) == pytest.approx(-0.3 / 0.7**2 if linear else -2 * 0.3 / 0.7**3, rel=1e-6)
+    with pytest.raises(RuntimeError, match="second derivatives of the time of an event"):
+        torch.autograd.grad(gradient, p, allow_unused=True)
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_event_under_autocast(precision: torch.dtype) -> None:
     y0 = torch.tensor([1.0, 0.0], requires_grad=True)

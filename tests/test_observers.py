@@ -112,6 +112,23 @@ def test_callbacks_that_a_method_does_not_know_warn(method: str) -> None:
         odeint(Func("callback_step"), Y0, T, method=method)
 
 
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("dopri5", {"options": {"batch_axis": 0}}),
+        ("implicit_adams", {"checkpoint": "tape"}),
+        ("gl4", {"checkpoint": "tape"}),
+    ],
+    ids=["own steps", "Adams", "implicit"],
+)
+def test_callbacks_that_are_not_called_warn(method: str, given: dict[str, Any]) -> None:
+    """Where a method that knows a callback does not call it."""
+    func = Func("callback_step")
+    with pytest.warns(UserWarning, match=rf"Solver '{method}' does not support callbacks \['callback_step'\]"):
+        odeint(func, Y0, T, method=method, **given)
+    assert func.told["callback_step"] == []
+
+
 @pytest.mark.parametrize("checkpoint", ["step", "none", "tape"])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_the_backward_pass_tells_nobody(method: str, checkpoint: str) -> None:
