@@ -1,5 +1,6 @@
 """The flow in the plane: its densities, its field, its likelihood, and the program from start to end."""
 
+import copy
 import csv
 import json
 import math
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounded_products import RoundedProducts
 from torch import Generator, Tensor, nn
 
 pytest.importorskip("matplotlib")
@@ -17,10 +19,12 @@ pytest.importorskip("torchdiffeq")
 pytest.importorskip("tqdm")
 
 from experiments import cnf
+from experiments.claims import NLL_WITHIN
 from experiments.cnf_model import HyperFlow, log_density, negative_log_likelihood, sample
 from experiments.densities import DENSITIES, Samples
 from experiments.options import Options, Precision
-from experiments.reference import gradient_error
+from experiments.reference import distance, gradient, gradient_error
+from experiments.roundoff import ROUNDOFF
 
 CPU = torch.device("cpu")
 FP64 = Precision(Options(precision="fp64"))
@@ -128,23 +132,30 @@ def test_log_density_is_that_of_a_flow_known_exactly() -> None:
 def test_gradient_in_16_bits_needs_its_scale() -> None:
     """In fp16 without scaling a batch's gradient is partly lost, more so in autograd's sums; with scaling it is not."""
     model, points = HyperFlow(32, 128), draw("checkerboard", 1024)
-    errors = {}
-    for solver, precision, scaler in (
-        ("rampde", "bf16", "none"),
-        ("rampde", "fp16", "dynamic"),
-        ("rampde", "fp16", "none"),
-        ("torchdiffeq", "fp16", "none"),
-    ):
-        given = Precision(Options(solver=solver, precision=precision, scaler=scaler))
-        errors[f"{solver} {precision} {scaler}"] = gradient_error(
-            given, model, points, partial(negative_log_likelihood, steps=8)
+    loss = partial(negative_log_likelihood, steps=8)
+
+    def error(solver: str, precision: str, scaler: str) -> float:
+        return gradient_error(
+            Precision(Options(solver=solver, precision=precision, scaler=scaler)), model, points, loss
         )
-    bf16, dynamic, none, other = errors.values()
-    # a small multiple of the velocity's unit roundoff, which does not depend on the steps
-    assert bf16 < 4 * 2**-9
-    assert dynamic < 4 * 2**-11
-    assert none > 4 * dynamic
-    assert other > 10 * none
+
+    def rounded(dtype: torch.dtype) -> float:
+        wide, points64 = copy.deepcopy(model).double(), points.double()
+        with RoundedProducts(dtype):
+            # times a power of two, as cotangents of a mean are too small for fp16
+            value = len(points) * loss(FP64, wide, points64)
+        found = torch.cat([part.flatten() for part in torch.autograd.grad(value, list(wide.parameters()))]) / len(
+            points
+        )
+        return distance(found, gradient(FP64, wide, points64, loss))
+
+    # at most twice what rounding the velocity's products costs in arithmetic that is else exact
+    assert error("rampde", "bf16", "none") <= 2 * rounded(torch.bfloat16)
+    dynamic = error("rampde", "fp16", "dynamic")
+    assert dynamic <= 2 * rounded(torch.float16)
+    unscaled = error("rampde", "fp16", "none")
+    assert unscaled > 4 * dynamic
+    assert error("torchdiffeq", "fp16", "none") > 4 * unscaled
 
 
 @pytest.mark.parametrize("solver", ["torchdiffeq", "rampde"])
@@ -159,8 +170,9 @@ def test_program_trains_draws_and_records(solver: str, tmp_path: Path, capsys: p
     assert record["config"]["density"] == "2spirals"
     assert set(cnf.COLUMNS) == set(record["summary"])
     assert all(math.isfinite(value) and value > 0 for value in record["summary"].values())
-    # its own judgement is near that of float64: by unit roundoff of the velocity, of a number near 5
-    assert record["summary"]["NLL"] == pytest.approx(record["summary"]["NLL in fp64"], rel=2**-9)
+    # its own judgement is near that of float64: by unit roundoff of the velocity, in fp32 also that of the mean's sum
+    rounding = {"fp16": ROUNDOFF["fp16"], "fp32": 2 * ROUNDOFF["fp32"]}[precision]
+    assert record["summary"]["NLL"] == pytest.approx(record["summary"]["NLL in fp64"], rel=rounding)
     with (folder / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == cnf.SIZES["quick"].iterations
@@ -173,6 +185,25 @@ def test_program_trains_draws_and_records(solver: str, tmp_path: Path, capsys: p
     before = (folder / "run.json").stat().st_mtime_ns
     assert cnf.main([*command, "--density", "2spirals"]) == 0
     assert (folder / "run.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("density", "iterations"),
+    [("8gaussians", 200), ("checkerboard", 200), pytest.param("2spirals", 1200, marks=pytest.mark.slow)],
+)
+def test_16_bits_learn_as_fp32_does(density: str, iterations: int, tmp_path: Path) -> None:
+    """The claim, on the CPU: held-out NLL, over three seeds, within 1 % of torchdiffeq's in fp32.
+
+    Spirals are slow to learn: after 200 iterations seeds are 8 % apart, whatever the precision.
+    """
+    means = []
+    for solver, precision in (("torchdiffeq", "fp32"), ("rampde", "bf16"), ("rampde", "fp16")):
+        given = {"precision": precision, "solver": solver, "density": density, "iterations": iterations}
+        runs = [cnf.run_one(cnf.CnfOptions(**given, seed=seed, out=str(tmp_path))) for seed in range(3)]
+        assert all(run.done for run in runs)
+        means.append(sum(run.summary["NLL"] for run in runs) / len(runs))
+    fp32, *low = means
+    assert max(abs(mean / fp32 - 1) for mean in low) <= NLL_WITHIN
 
 
 def test_options() -> None:

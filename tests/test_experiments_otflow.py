@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rounded_products import RoundedProducts
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("psutil")
@@ -100,26 +99,6 @@ def test_likelihood_follows_the_map_of_the_flow() -> None:
     torch.testing.assert_close(-found.likelihood, expected, rtol=0, atol=50 * steps**-4)
     total = WEIGHTS[1] * found.likelihood + ALPHA * found.transport + WEIGHTS[0] * found.hjb
     torch.testing.assert_close(found.loss, total)
-
-
-class RoundedProducts(TorchFunctionMode):
-    """Rounds the factors and the results of matrix products, in arithmetic that is else exact: what a velocity in that
-    precision loses, without any solver in 16 bits."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func not in (torch.nn.functional.linear, torch.Tensor.matmul, torch.Tensor.__matmul__):
-            return func(*args, **(kwargs or {}))
-        rounded = [argument if argument is None else self.round(argument) for argument in args]
-        return self.round(func(*rounded, **(kwargs or {})))
-
-    def round(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype).to(x.dtype)
 
 
 @pytest.mark.parametrize("solver", ["rampde", "torchdiffeq"])
