@@ -39,12 +39,9 @@ class HyperFlow(nn.Module):
         points, _ = state
         w, v, g, b = self.hyper(t.reshape(1, 1)).view(7, self.width).split([2, 2, 2, 1])
         u = v * g.sigmoid()
-        # the products are in the velocity's precision; 1 - tanh^2 is formed in a wider one, where it does not cancel
-        units = torch.addmm(b, points, w)
-        units = units.to(torch.promote_types(units.dtype, torch.float32)).tanh()
-        velocity = units @ u.T / self.width
-        traces = (w.to(units.dtype) * u.to(units.dtype)).sum(0) / self.width
-        return velocity, -((1 - units.square()) * traces).sum(1, keepdim=True)
+        units = torch.addmm(b, points, w).tanh()
+        traces = (w * u).sum(0) / self.width
+        return units @ u.T / self.width, -((1 - units.square()) * traces).sum(1, keepdim=True)
 
 
 def log_density(precision: Precision, model: nn.Module, points: Tensor, steps: int) -> Tensor:

@@ -312,14 +312,18 @@ def number(value: float, column: str = "") -> str:
 
 
 def spread(values: Sequence[float], column: str = "") -> str:
-    """Mean and standard deviation, or the only value; a dash where there is none."""
+    """Mean and standard deviation, or the only value; of times the median; a dash where there is none."""
     if not values:
         return "–"
+    if column.startswith("seconds"):
+        return number(statistics.median(values), column)
     if len(values) == 1 or not all(map(math.isfinite, values)):
         return number(statistics.fmean(values), column)
     deviation = statistics.stdev(values)
     if deviation == 0:
         return number(values[0], column)
-    return (
-        f"{number(statistics.fmean(values), column)} ± {f'{deviation:.2g}' if deviation < 100 else f'{deviation:,.0f}'}"
-    )
+    if "error" in column:
+        said = number(deviation, column)
+    else:
+        said = f"{deviation:.2g}" if deviation < 100 else f"{deviation:,.0f}"
+    return f"{number(statistics.fmean(values), column)} ± {said}"
