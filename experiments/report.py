@@ -315,8 +315,8 @@ def html(parts: Sequence[Section], runs: Sequence[Recorded], command: str) -> st
         lead=LEAD,
         sections=parts,
         counts=f"{len(runs)} runs: {count['done']} done, {count['failed']} failed, {count['running']} not finished. "
-        "Tables show the mean and standard deviation over seeds. Seconds are medians of the iterations and seeds; peak MiB "
-        "is what an iteration allocates beyond what was there before it: not parameters, optimizer and data.",
+        "Tables show the mean and standard deviation over seeds. Seconds are medians of the iterations and seeds; peak "
+        "MiB is what an iteration allocates beyond what was there before it: not parameters, optimizer and data.",
         command=command,
         date=datetime.now(timezone.utc).strftime("%d %B %Y"),
     )
