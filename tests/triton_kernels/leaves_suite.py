@@ -8,26 +8,21 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from operands import LAYOUTS, random, same_bits
+from suites import INTERPRETED, coefficients, step_size
 from torch import Tensor
-from value_suite import INTERPRETED, coefficients, step_size
 
 from rampde import eager_leaves
 from rampde.kernels import rk_error, rk_error_leaves, rk_stage, rk_stage_leaves, rk_update, rk_update_leaves
 from rampde.kernels.launch import BLOCK
 from rampde.ops import NUMBERS
 
+pytestmark = pytest.mark.usefixtures("device_of_triton")
+
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # all bfloat16 results, which the interpreter truncates, it truncates alike
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALF = NUMBERS[torch.float16]
 SIZES = (3 * BLOCK + 7, 17, 0, 1, BLOCK, 4, 1000, 2 * BLOCK, 33)
-
-
-@pytest.fixture(autouse=True)
-def _device() -> object:
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
 
 
 def leaves_of(count: int, terms: int) -> tuple[list[Tensor], list[list[Tensor]]]:

@@ -16,7 +16,7 @@ pytest.importorskip("triton.language", reason="Triton is not installed")
 
 
 # with the number of tests that they have at least
-SUITES = {"value_suite.py": 100, "step_suite.py": 80, "leaves_suite.py": 80}
+SUITES = {"value_suite.py": 100, "quantised_suite.py": 80, "step_suite.py": 80, "leaves_suite.py": 80}
 
 
 def run_suite(name: str, folder: Path, interpret: bool) -> None:
