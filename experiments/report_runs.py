@@ -141,11 +141,21 @@ class Recorded:
         return sorted(found, key=lambda path: (order.index(path.stem) if path.stem in order else len(order), path.stem))
 
 
+def busy(runs: Sequence[Recorded]) -> bool:
+    """Whether others used so much of a machine that times say little of a solver."""
+    return any(run.used_by_others >= BUSY for run in runs)
+
+
 def machines(runs: Sequence[Recorded]) -> list[str]:
     """Where runs were made, a line for each machine and commit, and how busy it was."""
     lines = list(dict.fromkeys(line for run in runs for line in (*run.earlier, run.machine)))
-    most = max((run.used_by_others for run in runs), default=0)
-    return lines + ([f"others used up to {most:.0f} % of the cores; times suffer from it"] if most >= BUSY else [])
+    if busy(runs):
+        most = max(run.used_by_others for run in runs)
+        lines.append(
+            f"Times are left out, as others used up to {most:.0f} % of the cores; python -m bench.compare measures "
+            "such networks in turns."
+        )
+    return lines
 
 
 def collect(folder: Path) -> list[Recorded]:
@@ -233,8 +243,10 @@ class Group:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the figures that any run has, costs last."""
+        """Names of the figures that any run has, costs last; without times where the machine was busy."""
         names = dict.fromkeys(name for run in self.runs for name in run.summary)
+        if busy(self.runs):
+            names = dict.fromkeys(name for name in names if not name.startswith("seconds"))
         return [name for name in names if name not in COSTS] + [name for name in COSTS if name in names]
 
     @property

@@ -95,20 +95,24 @@ class Batches:
 
 
 class OtherLoad:
-    """How much of the processors others use from now on."""
+    """How much others use from now on of the processors on which this process may run."""
 
     def __init__(self) -> None:
+        affinity = getattr(psutil.Process(), "cpu_affinity", None)
+        self._cores: list[int] = affinity() if affinity else list(range(psutil.cpu_count() or 1))
         self._start = self._now()
 
     def _now(self) -> tuple[float, float]:
-        times = psutil.cpu_times()
-        busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
-        return time.perf_counter(), busy - time.process_time()
+        of_cores = psutil.cpu_times(percpu=True)
+        used = 0.0
+        for times in (of_cores[core] for core in self._cores):
+            used += sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+        return time.perf_counter(), used - time.process_time()
 
     def percent(self) -> float:
-        """Of all processors' time since the start."""
+        """Of these processors' time since the start."""
         (before, used_before), (after, used_after) = self._start, self._now()
-        return round(100 * max(0.0, used_after - used_before) / ((after - before) * (psutil.cpu_count() or 1)), 1)
+        return round(100 * max(0.0, used_after - used_before) / ((after - before) * len(self._cores)), 1)
 
 
 class Run:

@@ -139,6 +139,17 @@ def test_seeds_are_averaged_and_failures_are_told(tmp_path: Path) -> None:
     assert {str(link)[1:] for link in page.links} <= page.ids
 
 
+def test_times_of_a_busy_machine_are_left_out(tmp_path: Path) -> None:
+    summary = {"NLL": 2.5, "seconds forward": 0.5, "peak MiB": 3.0}
+    for used in (0.0, 61.0):
+        machine = {**MACHINE, "cpu_used_by_others_percent": used}
+        write_run(tmp_path / str(used), "cnf", f"used{used:.0f}", summary=summary, machine=machine)
+    _, markdown, page = report(tmp_path)
+    heads = [table[0] for table in page.tables if table[0][:1] == ["solver"]]
+    assert [("seconds forward" in head, "peak MiB" in head) for head in heads] == [(True, True), (False, True)]
+    assert "Times are left out, as others used up to 61 % of the cores" in markdown
+
+
 def test_generated_data_are_marked_and_kept_apart(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for synthetic, error in ((True, 0.5), (False, 0.25)):
