@@ -1,7 +1,9 @@
-"""Made-up run folders, as the experiments leave them."""
+"""Made-up run folders, as the experiments leave them, and runs that are cut off."""
 
 import csv
 import json
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +63,17 @@ def write_run(
             writer.writeheader()
             writer.writerows(log)
     return folder
+
+
+def interrupted(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """A function that is interrupted when it is called for the ``call``-th time."""
+    calls = []
+
+    @wraps(function)
+    def called(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return called

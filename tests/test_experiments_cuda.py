@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiment_runs import interrupted
 
 for _package in ("h5py", "jinja2", "matplotlib", "pandas", "psutil", "sklearn", "tabulate", "torchdiffeq", "tqdm"):
     pytest.importorskip(_package)
@@ -52,15 +53,8 @@ def test_a_killed_run_goes_on(precision: str, tmp_path: Path, monkeypatch: pytes
 
     images = stl10.load(options("whole"))
     whole = stl10.run_one(options("whole"), images)
-    judge, calls = stl10.judge, []
-
-    def interrupted(*arguments: object) -> tuple[float, float]:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return judge(*arguments)
-
-    monkeypatch.setattr(stl10, "judge", interrupted)
+    judge = stl10.judge
+    monkeypatch.setattr(stl10, "judge", interrupted(judge, call=2))
     with pytest.raises(KeyboardInterrupt):
         stl10.run_one(options("parts"), images)
     monkeypatch.setattr(stl10, "judge", judge)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from experiment_runs import interrupted
 from torch import nn
 from torch.nn import functional as F
 
@@ -304,15 +305,8 @@ class TestRuns:
         start = partial(stl10.ImageOptions, precision=precision, data="digits", quick=True, epochs=3)
         images = stl10.load(start())
         whole = stl10.run_one(start(out=str(tmp_path / "whole")), images)
-        judge, calls = stl10.judge, []
-
-        def interrupted(*arguments):
-            calls.append(arguments)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return judge(*arguments)
-
-        monkeypatch.setattr(stl10, "judge", interrupted)
+        judge = stl10.judge
+        monkeypatch.setattr(stl10, "judge", interrupted(judge, call=2))
         with pytest.raises(KeyboardInterrupt):
             stl10.run_one(start(out=str(tmp_path / "parts")), images)
         folder = tmp_path / "parts" / "stl10" / whole.name
