@@ -89,10 +89,11 @@ class ErrorNorm:
         )
         reachable = MARGIN * noise
         dtype = velocity.autocast.dtype if velocity.autocast.enabled else velocity.dtypes[0]
+        otherwise = "evaluate func in float32" if dtype.itemsize == 2 else "solve in float64"
         warnings.warn(
             f"rtol={rtol:g}, atol={atol:g} cannot be reached with velocities in {dtype}: their rounding alone makes"
             f" errors {noise:.2g} times as large. About rtol={rtol * reachable:.1g}, atol={atol * reachable:.1g} is"
-            " reachable: ask for that, or evaluate func in float32",
+            f" reachable: ask for that, or {otherwise}",
             UserWarning,
             stacklevel=2,
         )

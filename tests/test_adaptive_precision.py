@@ -103,6 +103,7 @@ def test_unreachable_tolerances_are_named_once_with_reachable_ones(method: str, 
         messages = [str(warning.message) for warning in caught]
         assert len(messages) == 1
         assert f"rtol=1e-07, atol=1e-09 cannot be reached with velocities in {dtype}" in messages[0]
+        assert messages[0].endswith("evaluate func in float32")
         named = re.search(r"About rtol=(\S+), atol=(\S+) is reachable", messages[0])
         assert named is not None
         rtol, atol = map(float, named.groups())
