@@ -225,7 +225,12 @@ class Run:
         return True
 
     def finish(self, **summary: float) -> None:
-        """Records the figures of the table: those given, the medians of the times, and the peak of the memory."""
+        """Records the figures of the table: those given, the medians of the times, and the peak of the memory.
+
+        Of a run that was done before nothing is computed again, and its record stays as it is.
+        """
+        if self.done:
+            return
         self.record |= {"status": "done", "summary": {**summary, **self.costs()}}
         self.record["machine"]["cpu_used_by_others_percent"] = self._others.percent()
         self._write()

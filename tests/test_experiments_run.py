@@ -5,10 +5,11 @@ import math
 import signal
 import subprocess
 import sys
-import time
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,13 +300,30 @@ def test_compare_takes_no_precision(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--compare runs every precision: leave out --precision and --solver" in capsys.readouterr().err
 
 
-def test_load_of_others_is_a_part_of_all_processors() -> None:
+def test_load_of_others_is_a_part_of_the_processors_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three processors for 10 s, of which others use 3 + 4 s, and this process 2 s of the first."""
+    times = namedtuple("times", ["user", "system", "idle"])
+    now, mine = [100.0], [50.0]
+    cores = [times(1.0, 2.0, 3.0), times(4.0, 5.0, 6.0), times(7.0, 8.0, 9.0)]
+    monkeypatch.setattr("experiments.run.psutil.cpu_times", lambda percpu: cores)
+    monkeypatch.setattr("experiments.run.psutil.Process", lambda: SimpleNamespace(cpu_affinity=lambda: [0, 2]))
+    clocks = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: mine[0])
+    monkeypatch.setattr("experiments.run.time", clocks)
     load = OtherLoad()
-    end = time.process_time() + 0.2
-    while time.process_time() < end:
-        pass
-    # what this process does is not others', and the ticks of a clock are 10 ms
-    assert 0 <= load.percent() <= 100
+    now[0], mine[0] = 110.0, 52.0
+    cores[:] = [times(5.0, 3.0, 8.0), times(14.0, 5.0, 6.0), times(10.0, 9.0, 15.0)]
+    assert load.percent() == pytest.approx(100 * (3 + 4) / 20)
+
+
+def test_a_run_that_is_done_keeps_its_record(tmp_path: Path) -> None:
+    given = options(tmp_path, precision="fp32")
+    with Run(given, "small", "one") as run:
+        run.finish(NLL=1.5)
+    before = (run.folder / "run.json").read_text()
+    with Run(given, "small", "one") as again:
+        again.finish(NLL=7.5)
+    assert again.finished
+    assert (run.folder / "run.json").read_text() == before
 
 
 def test_run_with_other_options_is_not_overwritten(tmp_path: Path) -> None:
